@@ -1,0 +1,95 @@
+"""From the resolved configuration to the parts: each function makes one of them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import AutoConfig
+
+from megavlm.config import RunConfig
+from megavlm.costs import ModelShape
+from megavlm.data.encode import Encoder
+from megavlm.data.lane import Lane, State, estimate_mixture, make_sources
+from megavlm.data.pack import Costing
+from megavlm.model.backbone import Backbone, make_causal_lm
+from megavlm.model.image_tokenizer import ImageTokenizer, PixelTokenizer
+from megavlm.routing.route import RoutingPlan, Schedule
+from megavlm.vocabulary import Vocabulary
+
+MIXTURE_SAMPLES = 32
+"""Samples of each source from which the packs' target cost is estimated."""
+
+
+def build_image_tokenizer(config: RunConfig) -> ImageTokenizer:
+    settings = config.vocabulary.image_tokenizer
+    return PixelTokenizer(settings.levels, settings.height, settings.width)
+
+
+def build_vocabulary(config: RunConfig) -> Vocabulary:
+    return Vocabulary(config.vocabulary.text_model, build_image_tokenizer(config).codebook_size)
+
+
+def build_encoder(config: RunConfig, unconditional_ratio: float) -> Encoder:
+    return Encoder(build_vocabulary(config), build_image_tokenizer(config), unconditional_ratio, config.seed)
+
+
+def build_causal_lm(config: RunConfig, vocabulary: Vocabulary):
+    """The stock model with random weights from torch's global generator."""
+    return make_causal_lm(config.model.architecture, vocabulary.size)
+
+
+def build_backbone(config: RunConfig, causal_lm) -> Backbone:
+    return Backbone(
+        causal_lm,
+        num_sources=len(config.data.sources),
+        max_labels=config.data.pack_tokens,
+        chunk_rows=config.loss.chunk_rows,
+        activation_checkpointing=config.model.activation_checkpointing,
+    )
+
+
+def build_routing_plan(config: RunConfig, num_layers: int) -> RoutingPlan:
+    routing = config.routing
+    schedule = Schedule(config.optimizer.num_steps, routing.warmup_fraction, routing.dense_finish_fraction)
+    return RoutingPlan(routing.understanding, routing.generation, num_layers, schedule)
+
+
+def model_shape(config: RunConfig, vocabulary: Vocabulary) -> ModelShape:
+    """The model's sizes, without making its weights."""
+    return ModelShape.of(AutoConfig.for_model(**config.model.architecture, vocab_size=vocabulary.size))
+
+
+def with_mixture(config: RunConfig) -> RunConfig:
+    """The configuration with ``data.mixture`` filled in, if it is not yet."""
+    if config.data.mixture is not None:
+        return config
+    encoder = build_encoder(config, config.data.unconditional_ratio)
+    mixture = estimate_mixture(make_sources(config.data.sources), encoder, MIXTURE_SAMPLES)
+    return config.model_copy(update={"data": config.data.model_copy(update={"mixture": mixture})})
+
+
+@dataclass
+class LaneFactory:
+    """Makes the lanes of a run in any process: ``LaneFactory(config)(number, state)``.
+
+    Args:
+        config: Resolved, with ``data.mixture``.
+    """
+
+    config: RunConfig
+
+    def __call__(self, number: int, state: State | None = None) -> Lane:
+        sources, encoder, costing = self._parts
+        data = self.config.data
+        return Lane(number, data.num_lanes, sources, encoder, costing, data.mixture, data, self.config.seed, state)
+
+    @cached_property
+    def _parts(self) -> tuple[list, Encoder, Costing]:
+        encoder = build_encoder(self.config, self.config.data.unconditional_ratio)
+        shape = model_shape(self.config, encoder.vocabulary)
+        costing = Costing(build_routing_plan(self.config, shape.num_layers), shape)
+        return make_sources(self.config.data.sources), encoder, costing
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the parts are made again where they are needed: a SentencePiece model does not travel
+        return {"config": self.config}

@@ -1,0 +1,134 @@
+"""The commands: `megavlm …` or `python -m megavlm …`."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from megavlm.errors import ConfigError, MegavlmError
+
+# imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
+
+
+class DataCommands:
+    """Write and look at data."""
+
+    def digits(self, out: str):
+        """Write the benchmark `digits` as WebDataset shards, with its text model.
+
+        Real handwritten digits, 8x8 pixels, as questions about images and as requests for images.
+
+        Args:
+            out: Folder to write to.
+        """
+        from megavlm.benchmarks import digits
+
+        written = digits.write(Path(str(out)))
+        print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
+
+    def inspect(self, shards, out: str = "contact_sheet.png"):
+        """Show what is in shards: a table, every problem with its place, and a contact sheet.
+
+        Args:
+            shards: Path or URL, braces expand: "data/digits/generation-train-{00..07}.tar".
+            out: Where the contact sheet goes (PNG).
+        """
+        from megavlm.data.inspect import inspect
+
+        print(inspect(list(shards) if isinstance(shards, (list, tuple)) else str(shards), Path(str(out))), end="")
+        print(f"contact sheet: {out}")
+
+
+class Commands:
+    """Train unified vision-language models, spending fewer FLOPs on image tokens.
+
+    A run is a recipe: a YAML file, or the name of one that ships with megavlm. Every setting of it can be changed on the
+    command line by its dotted path: --optimizer.num_steps=200 --data.num_lanes=8
+    """
+
+    def __init__(self):
+        self.data = DataCommands()
+
+    def train(self, recipe: str, **overrides):
+        """Train a recipe, or go on with it if its run folder holds a checkpoint.
+
+        Alone, or one process per GPU under torchrun, the deepspeed launcher or srun: which one is found out from the environment.
+
+            torchrun --nproc-per-node 2 -m megavlm train digits
+
+        Args:
+            recipe: Path of a YAML file, or a name such as `digits`.
+            overrides: Settings to change: --run_dir=runs/mine --optimizer.learning_rate=1e-3
+        """
+        from megavlm.config import load_config
+
+        config = load_config(recipe, overrides)
+        from megavlm.engine import distributed
+        from megavlm.engine.trainer import Trainer
+
+        world = distributed.start(config.engine.timeout_s)
+        logging.getLogger().setLevel(logging.INFO if world.is_main else logging.WARNING)
+        Trainer(config, world).run()
+        distributed.stop()
+
+    def evaluate(self, run: str, **overrides):
+        """Judge the newest checkpoint of a run on held-out data; writes RUN/evaluation.json and RUN/drawings.png.
+
+        Args:
+            run: The run folder.
+            overrides: Settings to change: --evaluation.guidance=3 --evaluation.num_drawings=1000
+        """
+        import json
+
+        from megavlm.evaluation.evaluate import evaluate
+
+        print(json.dumps(evaluate(str(run), overrides), indent=2))
+
+    def generate(self, run: str, prompt: str, out: str = "grid.png", num: int = 10, **overrides):
+        """Draw images for a prompt with the newest checkpoint of a run.
+
+        Args:
+            run: The run folder.
+            prompt: What to draw: "a handwritten seven".
+            out: Where the grid of drawings goes (PNG).
+            num: How many.
+            overrides: Settings to change: --evaluation.temperature=0.8 --evaluation.top_k=8 --seed=1
+        """
+        from megavlm.evaluation.evaluate import TrainedModel
+        from megavlm.monitor.pictures import save_grid
+
+        model = TrainedModel(str(run), overrides)
+        images = model.image_tokenizer.decode(model.draw([str(prompt)] * num))
+        save_grid(images, [""] * num, Path(str(out)), title=str(prompt))
+        print(f"{num} drawings of {prompt!r}: {out}")
+
+    def doctor(self):
+        """Say what this machine can do, which versions are installed and what is missing."""
+        from rich import print as show
+
+        from megavlm.doctor import examine
+
+        table, missing = examine()
+        show(table)
+        show("nothing is missing" if not missing else "missing:\n  " + "\n  ".join(missing))
+
+
+def main() -> None:
+    """Run a command; mistakes of the user end with a message and exit status 2, not with a traceback."""
+    import fire
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("DeepSpeed", "deepspeed", "httpx", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # torch floods the screen with these under DeepSpeed
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    try:
+        fire.Fire(Commands, name="megavlm")
+    except MegavlmError as error:
+        # a mistake in the recipe is the same on every rank: one message is enough
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            print(f"megavlm: {error}", file=sys.stderr)
+        sys.exit(2)

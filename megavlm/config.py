@@ -1,0 +1,307 @@
+"""The one typed tree of settings. A recipe is this tree as YAML; unknown keys are refused.
+
+``load_config`` reports *all* mistakes of a recipe and its overrides at once, each with its dotted path, the value
+that was given and, for a name that does not exist, the nearest one that does.
+"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import Field, ValidationError
+
+from megavlm.data.pack import Layout
+from megavlm.errors import ConfigError
+from megavlm.routing.policies import AnyPolicy, Dense
+from megavlm.settings import Settings
+
+RECIPES = Path(__file__).parent / "recipes"
+PROJECT = Path(__file__).parent.parent
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class PixelTokenizerConfig(Settings):
+    """Images as grey levels of single pixels (`megavlm.model.image_tokenizer.PixelTokenizer`)."""
+
+    kind: Literal["pixel"] = "pixel"
+    """Which tokenizer."""
+    levels: Annotated[int, Field(ge=2, le=256)] = 17
+    """Size of the codebook: number of grey levels."""
+    height: Positive = 8
+    """Rows of codes per image."""
+    width: Positive = 8
+    """Columns of codes per image."""
+
+
+class VocabularyConfig(Settings):
+    """What ids mean: text pieces, special tokens, image codes."""
+
+    text_model: str
+    """Path of a SentencePiece model; a copy is kept in the run folder."""
+    image_tokenizer: PixelTokenizerConfig = PixelTokenizerConfig()
+    """How images become codes."""
+
+
+class SourceConfig(Settings):
+    """A set of WebDataset shards with a weight in the mixture."""
+
+    shards: str | list[str]
+    """URL or list of URLs; braces expand: `data/train-{0000..0015}.tar`. Also `file:`, `pipe:` and `http:`."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the samples drawn from this source, relative to the other weights."""
+
+
+class DataConfig(Settings):
+    """Sources, and how they become packs."""
+
+    sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
+    """Name → source."""
+    num_lanes: Positive = 8
+    """Independent streams of packs = packs per optimizer step. The world size must divide it."""
+    pack_tokens: Positive = 8192
+    """Upper bound of a pack's length in tokens (memory)."""
+    look_ahead_samples: Positive = 64
+    """Samples that a lane holds to choose from. Also the longest wait of a sample, counted in packs of its lane."""
+    fill: Annotated[float, Field(gt=0, le=1)] = 0.97
+    """The packs' target cost, as a share of the mean cost of `pack_tokens` tokens of the mixture."""
+    unconditional_ratio: Share = 0.1
+    """Share of generation prompts replaced by `<unconditional>`, for classifier-free guidance (Ho & Salimans 2022)."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes per rank; 0 builds packs in the training process."""
+    prefetch_packs: Positive = 4
+    """Packs that each worker prepares ahead."""
+    max_errors: Annotated[int, Field(ge=0)] = 0
+    """Bad samples or shards that each lane counts, reports and passes over before it stops the run."""
+    mixture: list[tuple[float, Layout]] | None = None
+    """Filled in at the start of a run and kept with it: sampled layouts, from which the packs' target cost is computed:
+    [weight, [tokens, labelled tokens, [[length, task] of each image span]]]."""
+
+
+class RoutingConfig(Settings):
+    """The route of each task and its schedule over the run."""
+
+    understanding: AnyPolicy = Dense()
+    """Policy for image spans without a loss (the model reads them)."""
+    generation: AnyPolicy = Dense()
+    """Policy for image spans with a loss (the model draws them)."""
+    warmup_fraction: Share = 0.0
+    """Over this first share of the steps the kept length falls linearly from everything to `keep_ratio`."""
+    dense_finish_fraction: Share = 0.0
+    """Over this last share of the steps everything is kept, because inference is dense."""
+
+
+class ModelConfig(Settings):
+    """The backbone: decoder layers of a stock Hugging Face model."""
+
+    architecture: dict[str, Any]
+    """A `transformers` configuration: `model_type` and its fields. `vocab_size` is set by the vocabulary."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward and backward pass; `auto` is bfloat16 on CUDA and float32 on CPU."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of storing its activations."""
+
+
+class LossConfig(Settings):
+    """Next-token cross-entropy per task."""
+
+    task_weights: dict[Literal["understanding", "generation", "text"], Annotated[float, Field(ge=0)]] = {
+        "understanding": 1.0,
+        "generation": 1.0,
+        "text": 1.0,
+    }
+    """Factor of each task's mean loss. A task that is not named has weight 1."""
+    chunk_rows: Positive = 4096
+    """Labelled rows that go through the output head at a time (bounds the memory of the logits)."""
+
+
+class OptimizerConfig(Settings):
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay."""
+
+    num_steps: Positive
+    """Optimizer steps of the run."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: Share = 0.1
+    """Learning rate at the last step, relative to the peak."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """For matrices; norms and biases have none."""
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class EngineConfig(Settings):
+    """DeepSpeed and the processes."""
+
+    deepspeed: str = "zero3"
+    """Name of a JSON file in `ds_configs/`, or a path. Batch sizes, precision and clipping are set by the recipe."""
+    timeout_s: Positive = 600
+    """A collective that takes longer is an error instead of a hang."""
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and how many stay. One is always written at the end."""
+
+    every_steps: Positive = 500
+    """Steps between checkpoints."""
+    keep_last: Positive = 2
+    """Older ones are removed."""
+
+
+class MonitorConfig(Settings):
+    """What is reported, and how often."""
+
+    log_every_steps: Positive = 10
+    """Steps between lines in the log and points in TensorBoard."""
+    sample_every_steps: Positive | None = None
+    """Steps between drawings that go to TensorBoard and `samples/`; none if not given."""
+    sample_prompts: list[str] = []
+    """What to draw then."""
+
+
+class EvaluationConfig(Settings):
+    """How `megavlm evaluate` samples and what it judges with."""
+
+    benchmark: Literal["digits"] | None = None
+    """The built-in benchmark whose held-out samples and judge are used."""
+    shards: str | list[str] | None = None
+    """The held-out samples."""
+    num_drawings: Positive = 200
+    """Images to draw, evenly over the benchmark's prompts."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Softmax temperature of the drawing."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw among the k most likely codes; 0 is all of them."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+
+
+class RunConfig(Settings):
+    """A complete run."""
+
+    run_dir: str
+    """Folder for everything that the run writes."""
+    seed: int = Field(default=0, ge=0)
+    """Of weights, data order, routing and drawing."""
+    model: ModelConfig
+    vocabulary: VocabularyConfig
+    data: DataConfig
+    routing: RoutingConfig = RoutingConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def find_resource(folder: str, name: str, suffix: str) -> Path:
+    """The file that ``name`` means: a path, or the stem of a file that ships with megavlm in ``folder``."""
+    shipped = RECIPES if folder == "recipes" else PROJECT / folder
+    candidates = [Path(name), shipped / f"{name}{suffix}"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in shipped.glob(f"*{suffix}")))
+    raise ConfigError(f"no file {name}, and {folder} has none of that name\n  do:    give a path or one of: {known}")
+
+
+def load_config(recipe: str, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: Path of a YAML file, or the name of one that ships with megavlm.
+        overrides: Dotted path → value; a string is read as YAML.
+
+    Raises:
+        ConfigError: With every mistake of the recipe and the overrides.
+    """
+    path = find_resource("recipes", str(recipe), ".yaml")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}\n  do:    correct the file at the place named") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no settings\n  do:    start from a recipe in {RECIPES}")
+    for dotted, value in (overrides or {}).items():
+        _override(tree, dotted, yaml.safe_load(value) if isinstance(value, str) else value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_describe(mistake, tree) for mistake in error.errors()]
+        raise ConfigError(f"{path}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from error
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as a recipe that ``load_config`` reads again."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110))
+
+
+def _override(tree: dict, dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for name in parents:
+        child = tree.get(name)
+        if not isinstance(child, dict):
+            child = tree[name] = {}
+        tree = child
+    tree[leaf] = value
+
+
+def _describe(mistake: dict, tree: Any) -> str:
+    parts = []
+    for i, part in enumerate(mistake["loc"]):
+        # pydantic names the chosen member of a union in the path; the user did not write it
+        if isinstance(tree, dict) and part not in tree and i + 1 < len(mistake["loc"]):
+            continue
+        parts.append(str(part))
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    path, value = ".".join(parts), mistake["input"]
+    if mistake["type"] == "extra_forbidden":
+        return f"  {path}: there is no such setting (value {value!r}). Did you mean {nearest_path(path)}?"
+    if mistake["type"] == "missing":
+        return f"  {path}: is missing and has no default"
+    if mistake["type"] == "union_tag_invalid":
+        tags = mistake["ctx"]["expected_tags"].replace("'", "").split(", ")
+        near = difflib.get_close_matches(str(mistake["ctx"]["tag"]), tags, n=1, cutoff=0)[0]
+        discriminator = mistake["ctx"]["discriminator"].strip("'")
+        return f"  {path}.{discriminator}: there is no {mistake['ctx']['tag']!r}. Did you mean {near}? There are {', '.join(tags)}."
+    return f"  {path}: {mistake['msg']} (value {value!r})"
+
+
+def nearest_path(path: str) -> str:
+    """The existing setting that looks most like ``path``, by its whole path and by its last name."""
+    given = path.split(".")
+
+    def likeness(known: str) -> float:
+        leaf = known.split(".")[-1]
+        whole = difflib.SequenceMatcher(None, known, path).ratio()
+        return whole + difflib.SequenceMatcher(None, leaf, given[-1]).ratio() + (given[-1] in leaf.split("_"))
+
+    known_paths = [
+        # the names inside a mapping are the user's own: take them over
+        ".".join(given[i] if part == "*" and i < len(given) else part for i, part in enumerate(known.split(".")))
+        for known in _all_paths(RunConfig)
+    ]
+    return max((known for known in known_paths if not path.startswith(known + ".")), key=likeness)
+
+
+def _all_paths(annotation: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all settings below a Config class; ``*`` stands for the names of a mapping."""
+    if get_origin(annotation) is dict:
+        yield from _all_paths(get_args(annotation)[1], f"{prefix}*.")
+    elif get_origin(annotation) is Union:
+        for member in get_args(annotation):
+            yield from _all_paths(member, prefix)
+    elif isinstance(annotation, type) and issubclass(annotation, Settings):
+        for name, field in annotation.model_fields.items():
+            yield prefix + name
+            yield from _all_paths(field.annotation, f"{prefix}{name}.")

@@ -1,0 +1,60 @@
+"""Floating-point operations by formula: one source for the packer, the planner and the reported utilisation.
+
+A multiplication and an addition count as two. Causal attention over L tokens is counted as L²/2 pairs, which is
+what fused kernels execute. Norms, activations and rotary embeddings are left out: they are below a percent.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BACKWARD_FACTOR = 2
+"""The backward pass multiplies by each matrix twice: once for the inputs' gradient, once for the weights'."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that decide what a decoder costs."""
+
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    mlp_width: int
+    vocabulary_size: int
+
+    @classmethod
+    def of(cls, config) -> "ModelShape":
+        """Read from a `transformers` text configuration with a gated MLP (Llama, Qwen, Mistral, Gemma)."""
+        return cls(
+            width=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            mlp_width=config.intermediate_size,
+            vocabulary_size=config.vocab_size,
+        )
+
+    @property
+    def layer_flops_per_token(self) -> int:
+        """``a``: forward FLOPs of one layer per token, attention scores excluded."""
+        query_and_output = 2 * self.num_heads * self.head_width
+        key_and_value = 2 * self.num_kv_heads * self.head_width
+        return 2 * self.width * (query_and_output + key_and_value + 3 * self.mlp_width)
+
+    @property
+    def layer_flops_per_square(self) -> int:
+        """``b``: forward FLOPs of one layer per L² of a sequence of L tokens (scores and weighted sum)."""
+        return 2 * self.num_heads * self.head_width
+
+    @property
+    def head_flops_per_row(self) -> int:
+        """Forward FLOPs of the output head per labelled row."""
+        return 2 * self.width * self.vocabulary_size
+
+    def layers_flops(self, lengths_tokens, num_layers: int = 1) -> np.ndarray:
+        """Forward FLOPs ``a·L + b·L²`` of ``num_layers`` layers, for each of the given sequence lengths."""
+        lengths = np.asarray(lengths_tokens, dtype=np.float64)
+        return num_layers * (self.layer_flops_per_token * lengths + self.layer_flops_per_square * lengths**2)

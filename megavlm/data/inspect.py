@@ -1,0 +1,79 @@
+"""What is in some shards: a table and a contact sheet."""
+
+import io
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from megavlm.data.sample import Coordinates, Sample, parse_sample
+from megavlm.data.shards import expand_shards, read_shard
+from megavlm.errors import DataError
+from megavlm.monitor.pictures import save_grid
+
+SHEET_SAMPLES = 40
+
+
+def inspect(shards: str | list[str], out: Path) -> str:
+    """Read shards to their end and describe them.
+
+    Args:
+        shards: URLs; braces expand.
+        out: Contact sheet to write (PNG).
+
+    Returns:
+        A table of what each shard holds, and the problems found, one per line.
+    """
+    table = Table("shard", "samples", "tasks", "images", "sizes", "characters", "problems")
+    problems, shown = [], []
+    for url in expand_shards("shards", shards):
+        samples, found = _read(url)
+        problems += found
+        shown += samples[: max(0, SHEET_SAMPLES - len(shown))]
+        images = [image for sample in samples for image in sample.images.values()]
+        characters = [sum(len(segment.text or "") for segment in sample.segments) for sample in samples]
+        table.add_row(
+            url.rsplit("/", 1)[-1],
+            str(len(samples)),
+            _counts(sample.task for sample in samples),
+            str(len(images)),
+            _counts(f"{im.shape[1]}x{im.shape[0]}" + (" codes" if im.dtype == np.int64 else "") for im in images),
+            f"{np.mean(characters):.0f} on average" if characters else "",
+            str(len(found)),
+        )
+    if any(sample.images for sample in shown):
+        _contact_sheet([sample for sample in shown if sample.images], out)
+    text = io.StringIO()
+    Console(file=text, width=140).print(table)
+    return text.getvalue() + "".join(f"{problem}\n" for problem in problems)
+
+
+def _read(url: str) -> tuple[list[Sample], list[DataError]]:
+    samples, problems = [], []
+    try:
+        for index, (key, members) in enumerate(read_shard(url)):
+            try:
+                samples.append(parse_sample(key, members, Coordinates(0, 0, 0, index)))
+            except DataError as error:
+                error.shard, error.key = url, key
+                problems.append(error)
+    except DataError as error:
+        problems.append(error)
+    return samples, problems
+
+
+def _counts(values) -> str:
+    return ", ".join(f"{value}: {count}" for value, count in Counter(values).most_common(4))
+
+
+def _contact_sheet(samples: list[Sample], out: Path) -> None:
+    images, captions = [], []
+    for sample in samples:
+        image = next(iter(sample.images.values()))
+        # codes without their tokenizer: shown as grey levels
+        images.append(image if image.dtype == np.uint8 else np.uint8(255 * image / max(1, image.max())))
+        text = " | ".join(segment.text for segment in sample.segments if segment.text)
+        captions.append(f"{sample.task}\n{text[:34]}")
+    save_grid(images, captions, out, columns=8)

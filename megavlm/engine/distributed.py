@@ -1,0 +1,118 @@
+"""Which process am I, and how do we talk? Found out from the environment, the same for every launcher."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+from torch import distributed
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        distributed.barrier()
+
+    def sum(self, values: np.ndarray) -> torch.Tensor:
+        """The sum of float64 host values over all ranks, on the device."""
+        total = torch.from_numpy(np.asarray(values, np.float64)).to(self.device)
+        distributed.all_reduce(total)
+        return total
+
+    def gather(self, value) -> list:
+        """Every rank's small Python object, on every rank."""
+        values = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+
+def find_place(environment) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for this process.
+
+    As torchrun and the deepspeed launcher set them; under srun from SLURM's variables; alone: a world of one.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return {name: environment[name] for name in _NAMES if name in environment}
+    # a batch shell has SLURM_PROCID too; only a step that srun started has a SLURM_STEP_NUM_TASKS
+    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_node(nodes),
+            # one job, one port: two jobs on a node do not meet
+            "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
+        }
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _first_node(nodes: str) -> str:
+    """The first host of a SLURM node list such as ``gpu[007-010,12],login``."""
+    if "[" not in nodes.split(",")[0]:
+        return nodes.split(",")[0]
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):  # a container without SLURM's clients
+        prefix, first = re.match(r"([^\[]+)\[(\d+)", nodes).groups()
+        return prefix + first
+
+
+def start(timeout_s: int) -> World:
+    """Join the process group: NCCL with CUDA, gloo without.
+
+    Args:
+        timeout_s: A collective that takes longer is an error.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    place = find_place(os.environ)
+    if place["MASTER_PORT"] == "0":
+        place["MASTER_PORT"] = str(_free_port())
+    os.environ.update(place)
+    local_rank = int(place.get("LOCAL_RANK", 0))
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # or DeepSpeed compiles a shared-memory all-reduce for half a minute, at every first start
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
+    )
+    return World(int(place["RANK"]), int(place["WORLD_SIZE"]), local_rank, device)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,108 @@
+"""The run folder: everything that a run writes, under names that explain themselves.
+
+    config.yaml       the resolved recipe          checkpoints/      see `megavlm.engine.checkpoint`
+    text.model        its SentencePiece model      samples/          drawings made on the way, PNG
+    log.txt           what was printed             tensorboard/      tensorboard --logdir
+    evaluation.json   written by `megavlm evaluate`, with drawings.png
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megavlm.build import with_mixture
+from megavlm.config import RunConfig, load_config, save_config
+from megavlm.engine.checkpoint import complete_checkpoints
+from megavlm.engine.distributed import World
+from megavlm.errors import ConfigError, MegavlmError
+
+log = logging.getLogger(__name__)
+
+FIXED = ("seed", "model.architecture", "vocabulary", "data.sources", "data.num_lanes")
+"""Settings that the weights or the data's state depend on: a run cannot go on with others."""
+
+
+class RunFolder:
+    """Paths of a run.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.text_model = self.path / "text.model"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.tensorboard = self.path / "tensorboard"
+        self.log_file = self.path / "log.txt"
+        self.evaluation = self.path / "evaluation.json"
+
+    def prepare(self, config: RunConfig, world: World) -> RunConfig:
+        """Resolve the configuration, compare it with the folder's and keep it there. Called by all ranks together.
+
+        Raises:
+            ConfigError: If the folder holds a run that cannot go on with this configuration.
+        """
+        if world.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            logging.getLogger().addHandler(_file_handler(self.log_file))
+            if self.config_file.exists():
+                config = self._adopt(config)
+            config = with_mixture(config)
+            shutil.copyfile(config.vocabulary.text_model, self.text_model)
+            save_config(config, self.config_file)
+        return world.gather(config if world.is_main else None)[0]
+
+    def _adopt(self, config: RunConfig) -> RunConfig:
+        """Check ``config`` against the folder's and take over what was resolved when the run began."""
+        before = load_config(str(self.config_file))
+        old, new = _flatten(before.model_dump()), _flatten(config.model_dump())
+        differences = [
+            (name, old.get(name), new.get(name))
+            for name in old | new
+            if old.get(name) != new.get(name) and name != "data.mixture"
+        ]
+        fixed = [d for d in differences if any(d[0] == name or d[0].startswith(name + ".") for name in FIXED)]
+        if fixed and complete_checkpoints(self.checkpoints):
+            lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, old, new in fixed)
+            raise ConfigError(
+                f"{self.path} holds a run with other settings, and cannot go on with these:\n{lines}\n"
+                "  do:    give another run_dir, or remove the folder"
+            )
+        for name, old, new in differences:
+            log.warning("going on with a changed setting: %s: %r -> %r", name, old, new)
+        if fixed:
+            return config
+        return config.model_copy(update={"data": config.data.model_copy(update={"mixture": before.data.mixture})})
+
+    def load(self, overrides: dict[str, Any] | None = None) -> tuple[RunConfig, Path]:
+        """The configuration of a run, with its own copy of the text model, and its newest checkpoint."""
+        if not self.config_file.is_file():
+            raise MegavlmError(f"{self.path} is not a run folder: it has no config.yaml\n  do:    train a recipe first")
+        checkpoints = complete_checkpoints(self.checkpoints)
+        if not checkpoints:
+            raise MegavlmError(f"{self.path} has no complete checkpoint\n  do:    let the run reach its first checkpoint")
+        config = load_config(
+            str(self.config_file), {"vocabulary.text_model": str(self.text_model)} | (overrides or {})
+        )
+        return config, checkpoints[-1]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted path → value. The sources stay one value: their order counts."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and prefix + name != "data.sources":
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value.items()) if isinstance(value, dict) else value
+    return flat
+
+
+def _file_handler(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler

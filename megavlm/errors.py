@@ -1,0 +1,33 @@
+"""The errors that a user is meant to read: each says what is wrong, where, and what to do about it."""
+
+
+class MegavlmError(Exception):
+    """Base of all errors caused by what the user gave us; the command line prints it without a traceback."""
+
+
+class ConfigError(MegavlmError):
+    """A recipe or an override is wrong. Carries every mistake found, one per line."""
+
+
+class DataError(MegavlmError):
+    """A sample or a shard is wrong.
+
+    Args:
+        what: The problem, in words.
+        remedy: What the user can do.
+        source: Name of the source in the recipe, where known.
+        shard: URL of the shard.
+        key: WebDataset key of the sample, where known.
+    """
+
+    def __init__(self, what: str, remedy: str, source: str = "", shard: str = "", key: str = ""):
+        self.what, self.remedy, self.source, self.shard, self.key = what, remedy, source, shard, key
+        super().__init__(what, remedy, source, shard, key)
+
+    def __str__(self) -> str:
+        place = ", ".join(
+            f"{name} {value}"
+            for name, value in (("source", self.source), ("shard", self.shard), ("sample", self.key))
+            if value
+        )
+        return f"{self.what}\n  where: {place}\n  do:    {self.remedy}"

@@ -1,0 +1,1 @@
+"""What a trained model can do: sampling with a cache, and metrics of understanding and generation."""

@@ -1,0 +1,69 @@
+"""Understanding: does the model give the right answer about an image?
+
+A sample can be judged if its ``meta`` has the right ``answer``, and for scoring the ``choices``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from megavlm.data.encode import EncodedSample, Encoder
+from megavlm.data.pack import Costing, build_pack
+from megavlm.data.sample import Sample
+from megavlm.evaluation.sampling import answer
+from megavlm.model.backbone import Backbone
+from megavlm.vocabulary import Vocabulary
+
+BATCH_SAMPLES = 128
+
+
+@torch.no_grad()
+def sample_losses(backbone: Backbone, samples: Sequence[EncodedSample], costing: Costing, device) -> np.ndarray:
+    """The summed cross-entropy of each sample's labelled tokens ``[len(samples)]``: minus its log-likelihood."""
+    losses = []
+    for begin in range(0, len(samples), BATCH_SAMPLES):
+        batch = list(samples[begin : begin + BATCH_SAMPLES])
+        pack = build_pack(batch, costing, num_sources=1, lane=0, step=0, seed=0).to(device)
+        h_MD = backbone.causal_lm.model.norm(backbone.hidden_states(pack)[pack.rows_M])
+        loss_M = functional.cross_entropy(backbone.causal_lm.lm_head(h_MD).float(), pack.targets_M, reduction="none")
+        owner_M = np.repeat(np.arange(len(batch)), [sample.has_loss.sum() for sample in batch])
+        losses.append(np.bincount(owner_M, loss_M.double().cpu().numpy(), minlength=len(batch)))
+    return np.concatenate(losses)
+
+
+def scored_accuracy(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device) -> float:
+    """Share of the samples whose right answer is the most likely of its choices."""
+    variants = [encoder(_with_answer(sample, choice)) for sample in samples for choice in sample.meta["choices"]]
+    losses, right, begin = sample_losses(backbone, variants, costing, device), 0, 0
+    for sample in samples:
+        choices = sample.meta["choices"]
+        best = losses[begin : begin + len(choices)].argmin()
+        right += choices[best] == sample.meta["answer"]
+        begin += len(choices)
+    return right / len(samples)
+
+
+def generated_accuracy(
+    backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, vocabulary: Vocabulary, device
+) -> float:
+    """Share of the samples that the model answers right when it writes freely, greedily and until ``<eos>``."""
+    right = 0
+    for begin in range(0, len(samples), BATCH_SAMPLES):
+        batch = samples[begin : begin + BATCH_SAMPLES]
+        prompts = [_prompt(encoder(sample)) for sample in batch]
+        answers = answer(backbone, vocabulary, prompts, device)
+        right += sum(given.strip() == sample.meta["answer"] for given, sample in zip(answers, batch))
+    return right / len(samples)
+
+
+def _with_answer(sample: Sample, text: str) -> Sample:
+    segments = tuple(s.model_copy(update={"text": text}) if s.loss else s for s in sample.segments)
+    return replace(sample, segments=segments)
+
+
+def _prompt(encoded: EncodedSample) -> list[int]:
+    """The tokens before the first one with a loss."""
+    return encoded.tokens[: int(encoded.has_loss.argmax())].tolist()

@@ -1,0 +1,47 @@
+"""Next-token cross-entropy on labelled rows only, in chunks, as sums per group."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+
+def chunked_loss(
+    head: nn.Module,
+    h_MD: torch.Tensor,
+    targets_M: torch.Tensor,
+    groups_M: torch.Tensor,
+    num_groups: int,
+    num_chunks: int,
+) -> torch.Tensor:
+    """Sums of cross-entropy per group.
+
+    The logits of a chunk are made again in the backward pass, so that never more than one chunk of them exists. The number of
+    chunks is the caller's and the same for every pack, because under ZeRO-3 every rank must call the head equally often (P7); a
+    chunk may be empty.
+
+    Args:
+        head: Output projection, D → V.
+        h_MD: Normalised hidden states of the labelled rows.
+        targets_M: Ids to predict.
+        groups_M: Group of each row.
+        num_groups: Number of groups.
+        num_chunks: Calls of the head.
+
+    Returns:
+        float32 ``[num_groups]``.
+    """
+    rows = math.ceil(len(h_MD) / num_chunks)
+    losses = [
+        checkpoint(
+            _cross_entropy, head, h_MD[i * rows : (i + 1) * rows], targets_M[i * rows : (i + 1) * rows], use_reentrant=False
+        )
+        for i in range(num_chunks)
+    ]
+    return h_MD.new_zeros(num_groups, dtype=torch.float32).index_add(0, groups_M, torch.cat(losses))
+
+
+def _cross_entropy(head: nn.Module, h_MD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(head(h_MD).float(), targets_M, reduction="none")

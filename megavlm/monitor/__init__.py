@@ -1,0 +1,1 @@
+"""What a run reports: meters gathered over ranks, TensorBoard, the log."""

@@ -1,0 +1,86 @@
+"""Meters of the last few steps, summed on each rank and over ranks only when they are reported."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megavlm.costs import BACKWARD_FACTOR
+from megavlm.data.pack import Pack
+from megavlm.data.sample import TASKS
+from megavlm.engine.distributed import World
+
+
+class Meters:
+    """Everything between two reports.
+
+    Args:
+        world: The processes.
+        sources: Names of the sources, in the recipe's order.
+        stages: (first layer, end layer) of every stage.
+    """
+
+    def __init__(self, world: World, sources: Sequence[str], stages: Sequence[tuple[int, int]]):
+        self.world, self.sources, self.stages = world, sources, stages
+        self._reset()
+
+    def _reset(self) -> None:
+        self.num_steps = 0
+        self.loss_sums = torch.zeros(len(self.sources) * len(TASKS), device=self.world.device)
+        self.labels = np.zeros(len(self.sources) * len(TASKS))
+        self.tokens = self.samples = self.flops = self.dense_flops = self.data_wait_s = 0.0
+        self.kept = np.zeros((len(self.stages), 2))
+        self.images = np.zeros(2)
+        self.begin_s = time.perf_counter()
+
+    def add_pack(self, pack: Pack, loss_sums: torch.Tensor) -> None:
+        """Count a pack and its sums of cross-entropy per (source, task); nothing is read back from the device."""
+        self.loss_sums += loss_sums.detach()
+        self.labels += pack.labels
+        self.tokens += pack.num_tokens
+        self.samples += len(pack.keys)
+        self.flops += pack.flops.sum()
+        self.dense_flops += pack.dense_flops
+        self.kept += pack.kept_tokens
+        self.images += pack.image_tokens
+
+    def add_step(self, data_wait_s: float) -> None:
+        self.num_steps += 1
+        self.data_wait_s += data_wait_s
+
+    def report(self) -> dict[str, float]:
+        """TensorBoard tag → value over all ranks since the last report. Called by all ranks together."""
+        seconds = time.perf_counter() - self.begin_s
+        scalars = [self.tokens, self.samples, self.flops, self.dense_flops, self.data_wait_s]
+        parts = [self.loss_sums.double().cpu().numpy(), self.labels, self.kept.ravel(), self.images, scalars]
+        # one gather for all: the largest rank's cost is needed as well as the sums
+        ranks = np.stack(self.world.gather(np.concatenate([np.asarray(part, np.float64) for part in parts])))
+        flops_of_ranks = ranks[:, -3]
+        losses, labels, kept, images, scalars = np.split(ranks.sum(0), np.cumsum([len(np.ravel(p)) for p in parts])[:-1])
+        tokens, samples, flops, dense_flops, data_wait_s = scalars
+        losses, labels = (x.reshape(len(self.sources), len(TASKS)) for x in (losses, labels))
+        values = {
+            "time/step_s": seconds / self.num_steps,
+            "time/data_wait_share": data_wait_s / (seconds * self.world.size),
+            "throughput/tokens_per_s": tokens / seconds,
+            "throughput/samples_per_s": samples / seconds,
+            "throughput/executed_tflops_per_s": (1 + BACKWARD_FACTOR) * flops / seconds / 1e12,
+            "throughput/dense_equivalent_tflops_per_s": (1 + BACKWARD_FACTOR) * dense_flops / seconds / 1e12,
+            "routing/flops_share": flops / dense_flops,
+            "balance/planned_max_over_mean": flops_of_ranks.max() / flops_of_ranks.mean(),
+        }
+        for t, task in enumerate(TASKS):
+            if labels[:, t].sum():
+                values[f"loss/{task}"] = losses[:, t].sum() / labels[:, t].sum()
+            for s, source in enumerate(self.sources):
+                if labels[s, t] and len(self.sources) > 1:
+                    values[f"loss_by_source/{source}/{task}"] = losses[s, t] / labels[s, t]
+        for stage, ((first, end), row) in enumerate(zip(self.stages, kept.reshape(-1, 2))):
+            for t, task in enumerate(TASKS[:2]):
+                if images[t]:
+                    values[f"kept_tokens/{task}/stage_{stage}_layers_{first}-{end - 1}"] = row[t] / images[t]
+        if self.world.device.type == "cuda":
+            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._reset()
+        return values

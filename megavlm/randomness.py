@@ -1,0 +1,32 @@
+"""Random numbers as pure functions of a key, so that nothing about them needs to be saved.
+
+A stream is named by integers (seed, purpose, then whatever it depends on: lane, step, epoch, …). The same name
+gives the same numbers on any rank, in any worker, before and after an interruption.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Purpose(IntEnum):
+    """What a stream is for: keeps streams apart whose other coordinates are equal."""
+
+    SHARD_ORDER = 1
+    MIXTURE = 2
+    PACKING = 3
+    SAMPLE = 4
+    SELECTION = 5
+    MODULES = 6
+    DRAWING = 7
+
+
+def stream(seed: int, purpose: Purpose, *coordinates: int) -> np.random.Generator:
+    """The generator named by these integers (Philox, counter based: Salmon et al., SC 2011)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, int(purpose), *coordinates))))
+
+
+def integer_seed(seed: int, purpose: Purpose, *coordinates: int) -> int:
+    """A 63-bit seed for generators of other libraries (torch) from the same naming scheme."""
+    words = np.random.SeedSequence((seed, int(purpose), *coordinates)).generate_state(2, np.uint32)
+    return int(words[0]) << 31 | int(words[1]) >> 1

@@ -1,0 +1,79 @@
+"""Shared fixtures: the real digits on disk, and a recipe small enough to train in seconds."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from megavlm import build
+from megavlm.benchmarks import digits
+from megavlm.config import load_config
+
+torch.set_num_threads(1)
+
+TINY = {
+    "model.architecture": {
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+    },
+    "data.pack_tokens": 340,
+    "data.look_ahead_samples": 12,
+    "data.num_lanes": 4,
+    "loss.chunk_rows": 128,
+    "optimizer.num_steps": 6,
+    "optimizer.warmup_steps": 2,
+    "routing.dense_finish_fraction": 0.0,
+    "monitor.sample_every_steps": None,
+    "monitor.log_every_steps": 1,
+    "checkpoint.every_steps": 3,
+    "engine.timeout_s": 60,
+}
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory):
+    """Shards and text model of the benchmark `digits`."""
+    folder = tmp_path_factory.mktemp("digits")
+    digits.write(folder)
+    return folder
+
+
+@pytest.fixture
+def make_config(digits_folder, tmp_path):
+    """``make_config(overrides)``: the quickstart recipe, tiny, on the shards of ``digits_folder``."""
+
+    def make(overrides=None, run_dir=tmp_path / "run"):
+        sources = {
+            task: {"shards": f"{digits_folder}/{task}-train-{{00..07}}.tar"} for task in ("understanding", "generation")
+        }
+        places = {
+            "run_dir": str(run_dir),
+            "vocabulary.text_model": str(digits_folder / "text.model"),
+            "data.sources": sources,
+            "evaluation.shards": str(digits_folder / "understanding-test-00.tar"),
+        }
+        return load_config("digits", places | TINY | (overrides or {}))
+
+    return make
+
+
+@pytest.fixture
+def make_packs(make_config):
+    """``make_packs(overrides, num)``: packs of lane 0, and a backbone in float64 to run them on."""
+
+    def make(overrides=None, num=1):
+        config = build.with_mixture(make_config(overrides))
+        torch.manual_seed(0)
+        causal_lm = build.build_causal_lm(config, build.build_vocabulary(config))
+        lane = build.LaneFactory(config)(0)
+        return [next(lane)[0] for _ in range(num)], build.build_backbone(config, causal_lm).double()
+
+    return make

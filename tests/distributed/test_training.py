@@ -1,0 +1,121 @@
+"""P1, P7, P8, P10 with real ZeRO-3 processes."""
+
+import pytest
+import torch
+
+from megavlm.data.pack import build_pack
+from tests.distributed.ranks import run_ranks
+from tests.distributed.work import train, train_on, train_with_extra
+from tests.routing.layouts import POLICIES, costing, make_samples
+
+
+def assert_equal(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not first[name].equal(second[name])]
+    assert not different, different
+
+
+def in_lane_order(results: list[dict]) -> list[list]:
+    """Ids of every step over all ranks."""
+    steps = zip(*(result["ids"] for result in results))
+    return [sorted(pair for rank in step for pair in rank) for step in steps]
+
+
+@pytest.fixture
+def config(make_config, tmp_path):
+    def make(name, overrides=None):
+        routing = {
+            "routing.understanding": {"policy": "late_drop", "after_layer": 2},
+            "routing.generation": {"policy": "random_ltd", "keep_ratio": 0.5},
+        }
+        return make_config(routing | (overrides or {}), tmp_path / name)
+
+    return make
+
+
+def test_data_gradients_and_weights_do_not_depend_on_the_world_size(config):
+    """P1, P3 and P8: the same packs, and the same weights up to the order of float32 sums."""
+    results = {w: run_ranks(w, train, config(f"w{w}"), 3) for w in (1, 2, 4)}
+    for world_size in (2, 4):
+        assert in_lane_order(results[world_size]) == in_lane_order(results[1])
+        assert all(len(result["ids"][0]) == 4 // world_size for result in results[world_size])
+        for loss, alone in zip(results[world_size][0]["losses"], results[1][0]["losses"]):
+            for tag in ("loss/understanding", "loss/generation", "routing/flops_share"):
+                assert loss[tag] == pytest.approx(alone[tag], rel=1e-5), tag
+        assert results[world_size][0]["norms"] == pytest.approx(results[1][0]["norms"], rel=1e-4)
+        for name, value in results[world_size][0]["weights"].items():
+            if "exp_avg_sq" not in name:
+                torch.testing.assert_close(value, results[1][0]["weights"][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resuming_is_bit_identical_to_never_having_stopped(config, world_size):
+    """P10, the data included."""
+    whole = run_ranks(world_size, train, config("whole"), 6)
+    run_ranks(world_size, train, config("parts"), 4)  # the last checkpoint is that of step 3
+    resumed = run_ranks(world_size, train, config("parts"), 6)
+    assert resumed[0]["first"] == 3
+    for rank in range(world_size):
+        assert resumed[rank]["ids"] == whole[rank]["ids"][3:]
+        assert resumed[rank]["norms"] == whole[rank]["norms"][3:]
+        assert resumed[rank]["states"] == whole[rank]["states"]
+        assert_equal(resumed[rank]["weights"], whole[rank]["weights"])
+
+
+TEXT_ONLY = [[("TEXT", 30, 1)], [("text", 2, 1), ("TEXT", 9, 1)]]
+READ_ONLY = [[("image", 4, 4), ("text", 3, 1), ("TEXT", 2, 1)]]
+DRAW_ONLY = [[("text", 3, 1), ("IMAGE", 4, 4)], [("text", 1, 1), ("IMAGE", 1, 1)]]
+NO_LOSS = [[("image", 4, 4)], [("text", 7, 1)]]
+SINGLE_TOKEN = [[]]
+
+
+@pytest.mark.parametrize("policy", ["late_drop", "random_ltd"])
+def test_ranks_with_wildly_different_packs_train_without_a_hang_and_as_one_process_does(config, policy):
+    """P7: a rank without images, without one of the tasks, without a label, with a single token."""
+    kinds = [TEXT_ONLY, READ_ONLY, DRAW_ONLY, SINGLE_TOKEN, NO_LOSS, READ_ONLY + DRAW_ONLY, TEXT_ONLY, NO_LOSS]
+    steps = [
+        [_pack(kinds[(lane + shift) % len(kinds)], policy, lane, step) for lane in range(4)]
+        for step, shift in enumerate((0, 2, 4))
+    ]
+    understanding, generation = POLICIES[policy]
+    overrides = {
+        "routing.understanding": understanding.model_dump(),
+        "routing.generation": generation.model_dump(),
+        "optimizer.warmup_steps": 0,
+    }
+    alone, two, four = (
+        run_ranks(w, train_on, config(f"w{w}", overrides), steps, timeout_s=60)[0] for w in (1, 2, 4)
+    )
+    assert all(norm > 0 for norm in alone["norms"])
+    for together in (two, four):
+        assert together["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+        for name, value in together["weights"].items():
+            if name.endswith("exp_avg"):
+                torch.testing.assert_close(value, alone["weights"][name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def _pack(layout, policy, lane, step):
+    return build_pack(make_samples(layout, seed=step), costing(policy), num_sources=2, lane=lane, step=step, seed=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_without_a_task_moves_its_parameters_by_momentum_and_decay_only(config, world_size):
+    """DeepSpeed's stage 3 would apply the last gradient again."""
+    absent = 2
+    settings = config("a").optimizer
+    history = run_ranks(world_size, train_with_extra, config("a"), 3, absent, True)[0]
+    before, after = history[absent - 1], history[absent]
+    (beta1, beta2), step = settings.betas, absent + 1
+    exp_avg, exp_avg_sq = beta1 * before["exp_avg"], beta2 * before["exp_avg_sq"]
+    direction = (exp_avg / (1 - beta1**step)) / ((exp_avg_sq / (1 - beta2**step)).sqrt() + settings.eps)
+    value = before["value"] * (1 - after["lr"] * settings.weight_decay) - after["lr"] * direction
+    torch.testing.assert_close(after["exp_avg"], exp_avg, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(after["exp_avg_sq"], exp_avg_sq, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(after["value"], value, rtol=1e-5, atol=1e-7)
+
+
+def test_without_the_remedy_the_stale_gradient_is_applied_again(config):
+    """If this fails, DeepSpeed has mended it and `forget_gradients` can go."""
+    history = run_ranks(1, train_with_extra, config("a"), 3, 2, False)[0]
+    decayed = config("a").optimizer.betas[0] * history[1]["exp_avg"]
+    assert not torch.allclose(history[2]["exp_avg"], decayed, rtol=1e-3, atol=1e-9)

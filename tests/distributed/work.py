@@ -1,0 +1,79 @@
+"""What ranks do in the tests. Functions here are called in other processes, by name."""
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+from megavlm import build
+from megavlm.engine import trainer as trainer_module
+from megavlm.engine.trainer import Trainer
+from megavlm.model.backbone import Backbone
+
+
+def weights(engine) -> dict:
+    """Parameters and Adam's moments, whole, by name."""
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        found[name] = safe_get_full_fp32_param(parameter).clone()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found[f"{name}/{moment}"] = safe_get_full_optimizer_state(parameter, moment).clone()
+    return found
+
+
+def train(world, config, num_steps: int) -> dict:
+    """Train to ``num_steps``, saving as the recipe says; what was seen and what came out."""
+    trainer = Trainer(config, world)
+    record = {"first": trainer.step, "ids": [], "losses": [], "norms": []}
+    trainer.loader = _watched(trainer.loader, record)
+    for step in range(trainer.step, num_steps):
+        record["norms"].append(trainer.train_step(step))
+        trainer.step = step + 1
+        record["losses"].append(trainer.meters.report())
+        if trainer.step % config.checkpoint.every_steps == 0:
+            trainer.checkpointer.save(trainer.step, trainer.engine, trainer.states)
+    return record | {"weights": weights(trainer.engine), "states": trainer.states}
+
+
+def _watched(loader, record):
+    for packs, states in loader:
+        record["ids"].append([(pack.lane, [tuple(c) for c in pack.coordinates]) for pack in packs])
+        yield packs, states
+
+
+def train_on(world, config, packs_of_steps: list) -> dict:
+    """Train on given packs: ``packs_of_steps[step]`` are all packs of a step, dealt to ranks like lanes."""
+    trainer = Trainer(config, world)
+    trainer.loader = iter([(packs[world.rank :: world.size], {}) for packs in packs_of_steps])
+    norms = [trainer.train_step(step) for step in range(len(packs_of_steps))]
+    return {"norms": norms, "weights": weights(trainer.engine)}
+
+
+class WithExtra(Backbone):
+    """A backbone with a parameter that only some steps use."""
+
+    use_extra = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.extra = torch.nn.Parameter(torch.full((2, 32), 0.1))
+
+    def forward(self, pack):
+        sums = super().forward(pack)
+        return sums * (1 + self.extra.sum() ** 2) if self.use_extra else sums
+
+
+def train_with_extra(world, config, num_steps: int, absent_step: int, forget: bool) -> list[dict]:
+    """Train a parameter that ``absent_step`` does not use; its value, moments and learning rate after each step.
+
+    With ``forget`` false, the remedy for DeepSpeed's stale gradients is taken away.
+    """
+    build.Backbone = WithExtra
+    if not forget:
+        trainer_module.forget_gradients = lambda engine: None
+    trainer = Trainer(config, world)
+    extra, history = trainer.engine.module.extra, []
+    for step in range(num_steps):
+        trainer.engine.module.use_extra = step != absent_step
+        trainer.train_step(step)
+        state = {key: safe_get_full_optimizer_state(extra, key).clone() for key in ("exp_avg", "exp_avg_sq")}
+        history.append(state | {"value": safe_get_full_fp32_param(extra).clone(), "lr": trainer.learning_rate})
+    return history

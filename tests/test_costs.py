@@ -1,0 +1,32 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megavlm.costs import BACKWARD_FACTOR
+from tests.model.test_backbone import MIXED, make_backbone
+from tests.routing.layouts import POLICIES, SHAPE, make_pack
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_formula_agrees_with_torchs_counter(policy):
+    """The counter sees the math kernel, which computes the whole square of scores; we count the causal half."""
+    backbone, pack = make_backbone().float(), make_pack(MIXED * 4, policy)
+    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
+        hidden = backbone.hidden_states(pack)
+    expected = pack.flops[:-1].sum()
+    for stage in pack.route.stages:
+        squares = sum(length**2 for length in stage.sequences.lengths)
+        expected += SHAPE.layer_flops_per_square * squares * (stage.end_layer - stage.first_layer)
+    assert forward.get_total_flops() == pytest.approx(expected, rel=0.01)
+    with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
+        hidden.sum().backward()
+    # the first layer's input, the embedding, takes a gradient too
+    assert backward.get_total_flops() == pytest.approx(BACKWARD_FACTOR * expected, rel=0.01)
+
+
+def test_head():
+    backbone, pack = make_backbone(chunk_rows=200).float(), make_pack(MIXED, "dense")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone.causal_lm.lm_head(torch.zeros(len(pack.rows_M), SHAPE.width))
+    assert counter.get_total_flops() == pack.flops[-1]
