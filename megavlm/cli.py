@@ -55,7 +55,7 @@ class Commands:
 
         Alone, or one process per GPU under torchrun, the deepspeed launcher or srun: which one is found out from the environment.
 
-            torchrun --nproc-per-node 2 -m megavlm train digits
+            torchrun --standalone --nproc-per-node 2 -m megavlm train digits
 
         Args:
             recipe: Path of a YAML file, or a name such as `digits`.

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,10 +56,11 @@ def find_place(environment) -> dict[str, str]:
             "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": environment["SLURM_LOCALID"],
             "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_node(nodes),
-            # one job, one port: two jobs on a node do not meet
-            "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),
+            # one job, one port, below the ephemeral ones: two jobs on a node do not meet
+            "MASTER_PORT": environment.get("MASTER_PORT") or str(20000 + int(environment["SLURM_JOB_ID"]) % 12000),
         }
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    port = str(_free_port())
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -86,8 +88,6 @@ def start(timeout_s: int) -> World:
     import deepspeed.ops
 
     place = find_place(os.environ)
-    if place["MASTER_PORT"] == "0":
-        place["MASTER_PORT"] = str(_free_port())
     os.environ.update(place)
     local_rank = int(place.get("LOCAL_RANK", 0))
     has_cuda = torch.cuda.is_available()
@@ -105,8 +105,6 @@ def start(timeout_s: int) -> World:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

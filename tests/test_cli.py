@@ -1,0 +1,124 @@
+"""The command line as a user types it: in this process where that is enough, as a process where launchers matter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megavlm import cli
+from tests.conftest import TINY
+
+
+def megavlm(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["megavlm", *map(str, arguments)])
+    cli.main()
+
+
+def test_digits_are_written_once(monkeypatch, digits_folder, tmp_path, capsys):
+    megavlm(monkeypatch, "data", "digits", tmp_path / "out")
+    assert "18 shards with 3594 samples" in capsys.readouterr().out
+    first = (tmp_path / "out" / "generation-train-00.tar").read_bytes()
+    assert first == (digits_folder / "generation-train-00.tar").read_bytes(), "the same bytes every time"
+    with pytest.raises(SystemExit, match="2"):
+        megavlm(monkeypatch, "data", "digits", tmp_path / "out")
+    assert "already holds shards" in capsys.readouterr().err
+
+
+def test_inspect_shows_samples_problems_and_a_contact_sheet(monkeypatch, digits_folder, tmp_path, capsys):
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes((digits_folder / "generation-test-00.tar").read_bytes()[:50_000])
+    megavlm(monkeypatch, "data", "inspect", f"{digits_folder}/understanding-train-{{00..01}}.tar", "--out", tmp_path / "a.png")
+    out = capsys.readouterr().out
+    assert out.count("understanding: 180") == 2 and "8x8: 180" in out
+    megavlm(monkeypatch, "data", "inspect", broken, "--out", tmp_path / "b.png")
+    assert "cut short" in capsys.readouterr().out
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "digits", "--optimizer.num_stepz=3"], "Did you mean optimizer.num_steps?"),
+        (["train", "digits", "--optimizer.num_steps=many"], "optimizer.num_steps: Input should be a valid integer"),
+        (["train", "nothing"], "no file nothing"),
+        (["evaluate", "/nowhere"], "/nowhere is not a run folder"),
+        (["data", "inspect", "/nowhere.tar"], "the shard does not exist"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_status_2(monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        megavlm(monkeypatch, *arguments)
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_doctor(monkeypatch, capsys):
+    megavlm(monkeypatch, "doctor")
+    out = capsys.readouterr().out
+    assert "deepspeed" in out and "CPU cores" in out
+
+
+def tiny(digits_folder, run_dir):
+    sources = {t: {"shards": f"{digits_folder}/{t}-train-{{00..07}}.tar"} for t in ("understanding", "generation")}
+    settings = TINY | {
+        "run_dir": run_dir,
+        "vocabulary.text_model": digits_folder / "text.model",
+        "data.sources": sources,
+        "monitor.sample_every_steps": 6,
+        "evaluation.shards": digits_folder / "understanding-test-00.tar",
+        "evaluation.num_drawings": 20,
+    }
+    return [f"--{name}={json.dumps(value, default=str)}" for name, value in settings.items()]
+
+
+def launch(*command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_train_under_torchrun_resume_evaluate_and_generate(digits_folder, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megavlm"]
+    launch(*torchrun, "train", "digits", *tiny(digits_folder, run))
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {"step-00000003", "step-00000006"}
+    for name in ("config.yaml", "text.model", "log.txt", "samples/step-00000006.png"):
+        assert (run / name).is_file(), name
+    tags = scalars(run)
+    for tag in (
+        "loss/understanding",
+        "loss/generation",
+        "optimizer/learning_rate",
+        "optimizer/gradient_norm",
+        "throughput/tokens_per_s",
+        "routing/flops_share",
+        "balance/planned_max_over_mean",
+        "kept_tokens/understanding/stage_0_layers_0-1",
+    ):
+        assert tag in tags, tags
+    # alone, on another world size, and to a later end
+    log = launch("megavlm", "train", "digits", *tiny(digits_folder, run), "--optimizer.num_steps=8")
+    assert "resuming after step 6" in log and "optimizer.num_steps: 6 -> 8" in log and "step 8/8" in log
+
+    megavlm(monkeypatch, "evaluate", run)
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result == json.loads(capsys.readouterr().out) and result["checkpoint"] == "step-00000008"
+    assert result["generation"]["judge_accuracy_on_held_out_real_digits"] > 0.97
+    megavlm(monkeypatch, "generate", run, "a handwritten seven", "--out", tmp_path / "grid.png", "--num=3")
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+    with pytest.raises(SystemExit, match="2"):
+        megavlm(monkeypatch, "train", "digits", *tiny(digits_folder, run), "--data.num_lanes=8")
+    assert "data.num_lanes: 4 -> 8" in capsys.readouterr().err
+
+
+def scalars(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert events.Tags()["images"] == ["samples"] or "samples/0" in events.Tags()["images"]
+    return events.Tags()["scalars"]
