@@ -13,6 +13,7 @@ from megavlm.data.lane import Lane, State, estimate_mixture, make_sources
 from megavlm.data.pack import Costing
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.image_tokenizer import ImageTokenizer, PixelTokenizer
+from megavlm.routing.policies import Dense
 from megavlm.routing.route import RoutingPlan, Schedule
 from megavlm.vocabulary import Vocabulary
 
@@ -41,6 +42,7 @@ def build_causal_lm(config: RunConfig, vocabulary: Vocabulary):
 def build_backbone(config: RunConfig, causal_lm) -> Backbone:
     return Backbone(
         causal_lm,
+        build_routing_plan(config, causal_lm.config.num_hidden_layers),
         num_sources=len(config.data.sources),
         max_labels=config.data.pack_tokens,
         chunk_rows=config.loss.chunk_rows,
@@ -52,6 +54,14 @@ def build_routing_plan(config: RunConfig, num_layers: int) -> RoutingPlan:
     routing = config.routing
     schedule = Schedule(config.optimizer.num_steps, routing.warmup_fraction, routing.dense_finish_fraction)
     return RoutingPlan(routing.understanding, routing.generation, num_layers, schedule)
+
+
+def inference_costing(config: RunConfig, causal_lm_config) -> Costing:
+    """Of the route that ``evaluation.route`` asks for: dense, or the run's policies in full."""
+    routing, num_layers = config.routing, causal_lm_config.num_hidden_layers
+    always = Schedule(1, 0.0, 0.0)
+    policies = (Dense(), Dense()) if config.evaluation.route == "dense" else (routing.understanding, routing.generation)
+    return Costing(RoutingPlan(*policies, num_layers, always), ModelShape.of(causal_lm_config))
 
 
 def model_shape(config: RunConfig, vocabulary: Vocabulary) -> ModelShape:

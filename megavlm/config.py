@@ -5,16 +5,20 @@ that was given and, for a name that does not exist, the nearest one that does.
 """
 
 import difflib
+import importlib
+import importlib.util
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializeAsAny, ValidationError
 
 from megavlm.data.pack import Layout
 from megavlm.errors import ConfigError
-from megavlm.routing.policies import AnyPolicy, Dense
+from megavlm.routing.policies import POLICIES, AnyPolicy, Dense, Policy
 from megavlm.settings import Settings
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -84,10 +88,12 @@ class DataConfig(Settings):
 class RoutingConfig(Settings):
     """The route of each task and its schedule over the run."""
 
-    understanding: AnyPolicy = Dense()
-    """Policy for image spans without a loss (the model reads them)."""
-    generation: AnyPolicy = Dense()
-    """Policy for image spans with a loss (the model draws them)."""
+    modules: list[str] = []
+    """Python modules or files that register policies and selectors of your own; see docs/write-a-policy.md."""
+    understanding: Annotated[SerializeAsAny[Policy], AnyPolicy] = Dense()
+    """Policy for image spans that the model reads (without a loss)."""
+    generation: Annotated[SerializeAsAny[Policy], AnyPolicy] = Dense()
+    """Policy for image spans that the model draws (with a loss)."""
     warmup_fraction: Share = 0.0
     """Over this first share of the steps the kept length falls linearly from everything to `keep_ratio`."""
     dense_finish_fraction: Share = 0.0
@@ -114,6 +120,8 @@ class LossConfig(Settings):
         "text": 1.0,
     }
     """Factor of each task's mean loss. A task that is not named has weight 1."""
+    gate_weight: Annotated[float, Field(ge=0)] = 0.01
+    """Factor of the auxiliary loss of learned gates (policy `mixture_of_depths`), a mean over image tokens."""
     chunk_rows: Positive = 4096
     """Labelled rows that go through the output head at a time (bounds the memory of the logits)."""
 
@@ -183,6 +191,8 @@ class EvaluationConfig(Settings):
     """Draw among the k most likely codes; 0 is all of them."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Classifier-free guidance scale; 1 is none."""
+    route: Literal["dense", "trained"] = "dense"
+    """Which tokens are active when the model is judged or draws: all, or as the policies of the training have it, in full."""
 
 
 class RunConfig(Settings):
@@ -234,11 +244,44 @@ def load_config(recipe: str, overrides: dict[str, Any] | None = None) -> RunConf
         raise ConfigError(f"{path} holds no settings\n  do:    start from a recipe in {RECIPES}")
     for dotted, value in (overrides or {}).items():
         _override(tree, dotted, yaml.safe_load(value) if isinstance(value, str) else value)
+    _import_modules(tree, path)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = [_describe(mistake, tree) for mistake in error.errors()]
         raise ConfigError(f"{path}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from error
+
+
+def _import_modules(tree: dict, recipe: Path) -> None:
+    """Import the modules that register policies, so that the recipe may name them."""
+    routing = tree.get("routing")
+    names = routing.get("modules") if isinstance(routing, dict) else None
+    for name in names if isinstance(names, list) else []:
+        try:
+            import_user_module(str(name))
+        except Exception as error:  # whatever the user's code raises
+            raise ConfigError(
+                f"{recipe}: routing.modules: {name} cannot be imported: {type(error).__name__}: {error}\n"
+                "  do:    give the path of a Python file, or a module that Python finds"
+            ) from error
+    if names:
+        # the union of policies is part of the schema
+        RoutingConfig.model_rebuild(force=True)
+        RunConfig.model_rebuild(force=True)
+
+
+def import_user_module(name: str) -> None:
+    """Import a module by its name, or a file by its path; a second time is no harm."""
+    if not name.endswith(".py"):
+        importlib.import_module(name)
+        return
+    path = Path(name).resolve()
+    key = "megavlm_user_" + re.sub(r"\W", "_", str(path))
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[key] = module
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -298,9 +341,9 @@ def _all_paths(annotation: Any, prefix: str = "") -> Iterator[str]:
     """Dotted paths of all settings below a Config class; ``*`` stands for the names of a mapping."""
     if get_origin(annotation) is dict:
         yield from _all_paths(get_args(annotation)[1], f"{prefix}*.")
-    elif get_origin(annotation) is Union:
-        for member in get_args(annotation):
-            yield from _all_paths(member, prefix)
+    elif annotation is Policy:
+        for policy in POLICIES.values():
+            yield from _all_paths(policy, prefix)
     elif isinstance(annotation, type) and issubclass(annotation, Settings):
         for name, field in annotation.model_fields.items():
             yield prefix + name

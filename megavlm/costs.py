@@ -50,11 +50,25 @@ class ModelShape:
         return 2 * self.num_heads * self.head_width
 
     @property
+    def injection_flops_per_token(self) -> int:
+        """Forward FLOPs of one layer per token that gives only keys and values, through projections of its own."""
+        return 2 * self.width * 2 * self.num_kv_heads * self.head_width
+
+    @property
     def head_flops_per_row(self) -> int:
         """Forward FLOPs of the output head per labelled row."""
         return 2 * self.width * self.vocabulary_size
 
-    def layers_flops(self, lengths_tokens, num_layers: int = 1) -> np.ndarray:
-        """Forward FLOPs ``a·L + b·L²`` of ``num_layers`` layers, for each of the given sequence lengths."""
-        lengths = np.asarray(lengths_tokens, dtype=np.float64)
-        return num_layers * (self.layer_flops_per_token * lengths + self.layer_flops_per_square * lengths**2)
+    def layers_flops(self, active_tokens, attended_tokens=None, bias_columns: int = 0) -> np.ndarray:
+        """Forward FLOPs of one layer for sequences of these lengths: ``a·L + b·L²``.
+
+        Args:
+            active_tokens: L of each sequence.
+            attended_tokens: With tokens that give keys and values only; they go through projections of their own.
+            bias_columns: Columns that attention adds to carry a bias per key.
+        """
+        active = np.asarray(active_tokens, dtype=np.float64)
+        attended = active if attended_tokens is None else np.asarray(attended_tokens, dtype=np.float64)
+        injected = self.injection_flops_per_token * (attended - active)
+        square = self.layer_flops_per_square * (1 + np.asarray(bias_columns) / self.head_width)
+        return self.layer_flops_per_token * active + injected + square * attended**2

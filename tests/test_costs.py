@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megavlm.costs import BACKWARD_FACTOR
+from megavlm.routing.route import BIAS_WIDTH
 from tests.model.test_backbone import MIXED, make_backbone
 from tests.routing.layouts import POLICIES, SHAPE, make_pack
 
@@ -11,13 +14,16 @@ from tests.routing.layouts import POLICIES, SHAPE, make_pack
 @pytest.mark.parametrize("policy", POLICIES)
 def test_formula_agrees_with_torchs_counter(policy):
     """The counter sees the math kernel, which computes the whole square of scores; we count the causal half."""
-    backbone, pack = make_backbone().float(), make_pack(MIXED * 4, policy)
+    backbone, pack = copy.deepcopy(make_backbone(policy)).float(), make_pack(MIXED * 4, policy)
     with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
-        hidden = backbone.hidden_states(pack)
+        hidden, _ = backbone.hidden_states(pack)
     expected = pack.flops[:-1].sum()
     for stage in pack.route.stages:
-        squares = sum(length**2 for length in stage.sequences.lengths)
-        expected += SHAPE.layer_flops_per_square * squares * (stage.end_layer - stage.first_layer)
+        attended = stage.injections[0].sequences if stage.injections else stage.sequences
+        width = SHAPE.head_width + BIAS_WIDTH * any(choice.plan.how == "merge" for choice in stage.choices)
+        squares = sum(length**2 for length in attended.lengths)
+        num_layers = stage.end_layer - stage.first_layer
+        expected += num_layers * SHAPE.layer_flops_per_square * squares * width / SHAPE.head_width
     assert forward.get_total_flops() == pytest.approx(expected, rel=0.01)
     with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
         hidden.sum().backward()
@@ -26,7 +32,7 @@ def test_formula_agrees_with_torchs_counter(policy):
 
 
 def test_head():
-    backbone, pack = make_backbone(chunk_rows=200).float(), make_pack(MIXED, "dense")
+    backbone, pack = copy.deepcopy(make_backbone(chunk_rows=200)).float(), make_pack(MIXED, "dense")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone.causal_lm.lm_head(torch.zeros(len(pack.rows_M), SHAPE.width))
     assert counter.get_total_flops() == pack.flops[-1]

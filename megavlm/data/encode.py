@@ -7,17 +7,17 @@ Worked example, generation (loss on the tokens marked ``*``, each predicted from
 ``<eos>`` has a loss where the last segment has one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megavlm.data.sample import Coordinates, Sample
+from megavlm.data.sample import TASKS, Coordinates, Sample
 from megavlm.errors import DataError
 from megavlm.model.image_tokenizer import ImageTokenizer
 from megavlm.randomness import Purpose, stream
 from megavlm.vocabulary import Vocabulary
 
-UNDERSTANDING, GENERATION, TEXT = 0, 1, 2
+UNDERSTANDING, GENERATION, TEXT = range(len(TASKS))
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,32 @@ class EncodedSample:
     has_loss: np.ndarray
     tasks: np.ndarray
     spans: tuple[Span, ...]
+    task: int
+    """The sample's own task, for its share of the cost."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
+
+    @property
+    def first_label(self) -> int:
+        """The first token with a loss, or the length if there is none."""
+        return int(self.has_loss.argmax()) if self.has_loss.any() else self.num_tokens
+
+    def prompt_places(self) -> np.ndarray:
+        """Places of a generation sample's prompt that predict nothing: text before the token that predicts the first label."""
+        if self.task != GENERATION:
+            return np.zeros(0, np.int64)
+        is_prompt = np.arange(self.num_tokens) < self.first_label - 1
+        for span in self.spans:
+            is_prompt[span.start : span.start + span.length] = False
+        return np.flatnonzero(is_prompt)
+
+    def prompt(self) -> "EncodedSample":
+        """Only the tokens before the first one with a loss."""
+        end = self.first_label
+        spans = tuple(span for span in self.spans if span.start < end)
+        return replace(self, tokens=self.tokens[:end], has_loss=self.has_loss[:end], tasks=self.tasks[:end], spans=spans)
 
 
 class Encoder:
@@ -105,6 +127,7 @@ class Encoder:
             has_loss=np.array([*losses, losses[-1]]),
             tasks=np.array([*tasks, tasks[-1]], np.int64),
             spans=tuple(spans),
+            task=TASKS.index(sample.task),
         )
 
     def _is_unconditional(self, coordinates: Coordinates) -> bool:

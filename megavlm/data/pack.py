@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from megavlm.costs import ModelShape
-from megavlm.data.encode import EncodedSample
+from megavlm.data.encode import GENERATION, UNDERSTANDING, EncodedSample
 from megavlm.data.sample import TASKS, Coordinates
 from megavlm.randomness import Purpose, stream
-from megavlm.routing.route import Route, RoutingPlan, Sequences, Stage
+from megavlm.routing.route import BIAS_WIDTH, PackLayout, Route, RoutingPlan, Sequences, Stage
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Pack:
     """Which (source, task) each counts for: ``source * len(TASKS) + task``."""
     labels: np.ndarray
     """Number of labelled rows per (source, task) ``[num_sources * len(TASKS)]``."""
-    flops: np.ndarray
-    """Forward FLOPs per stage, after routing, and of the output head ``[num_stages + 1]``."""
+    task_flops: np.ndarray
+    """Forward FLOPs per stage, after routing, and of the output head, by the samples' task ``[num_stages + 1, len(TASKS)]``."""
     dense_flops: float
     """Forward FLOPs without a route, head included."""
     kept_tokens: np.ndarray
@@ -51,6 +51,11 @@ class Pack:
     @property
     def num_tokens(self) -> int:
         return len(self.tokens_T)
+
+    @property
+    def flops(self) -> np.ndarray:
+        """Forward FLOPs per stage, after routing, and of the output head ``[num_stages + 1]``."""
+        return self.task_flops.sum(1)
 
     @property
     def task_labels(self) -> np.ndarray:
@@ -81,13 +86,15 @@ class Layout(NamedTuple):
     num_tokens: int
     num_labels: int
     """Tokens with a loss."""
+    num_prompt: int
+    """Tokens of a generation prompt that predict nothing."""
     spans: tuple[tuple[int, int], ...]
     """(length, task) of its image spans."""
 
     @classmethod
     def of(cls, sample: EncodedSample) -> "Layout":
         spans = tuple((span.length, span.task) for span in sample.spans)
-        return cls(sample.num_tokens, int(sample.has_loss.sum()), spans)
+        return cls(sample.num_tokens, int(sample.has_loss.sum()), len(sample.prompt_places()), spans)
 
 
 class Costing:
@@ -108,14 +115,19 @@ class Costing:
         return self._cached(layout, self.plan.schedule.strength(step))
 
     def _flops(self, layout: Layout, strength: float) -> np.ndarray:
-        lengths, tasks = zip(*layout.spans) if layout.spans else ((), ())
-        dropped_s = np.sum(lengths) - self.plan.kept_tokens(lengths, tasks, strength).sum(1)
-        stages = self.shape.layers_flops(layout.num_tokens - dropped_s, self.plan.layers_per_stage)
+        plan = self.plan
+        lengths, tasks = (np.array(x, np.int64) for x in (zip(*layout.spans) if layout.spans else ((), ())))
+        dropped_s = lengths.sum() - plan.kept_tokens(lengths, tasks, strength).sum(1)
+        prompt_s = layout.num_prompt * plan.injects(GENERATION)
+        guests_s = prompt_s + lengths[tasks == UNDERSTANDING].sum() * plan.injects(UNDERSTANDING)
+        active_s = layout.num_tokens - dropped_s - prompt_s
+        bias_s = BIAS_WIDTH * plan.merges(strength)
+        stages = plan.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)
         return np.append(stages, layout.num_labels * self.shape.head_flops_per_row)
 
     def dense_flops(self, layout: Layout) -> float:
         """Forward FLOPs of a sample without a route, head included."""
-        layers = self.shape.layers_flops(layout.num_tokens, self.shape.num_layers)
+        layers = self.shape.num_layers * self.shape.layers_flops(layout.num_tokens)
         return float(layers + layout.num_labels * self.shape.head_flops_per_row)
 
 
@@ -135,6 +147,15 @@ def build_pack(
     layouts = [Layout.of(sample) for sample in samples]
     labelled = np.flatnonzero(np.concatenate([sample.has_loss for sample in samples]))
     groups = sources[labelled] * len(TASKS) + tasks[labelled]
+    layout = PackLayout(
+        lengths=lengths,
+        spans=spans,
+        starts=starts,
+        question_ends=_question_ends(samples, offsets),
+        prompt_rows=np.concatenate([offset + sample.prompt_places() for offset, sample in zip(offsets, samples)]),
+    )
+    costs = np.stack([costing.flops(layout, step) for layout in layouts])
+    of_task = np.eye(len(TASKS))[[sample.task for sample in samples]]
     kept_sN = plan.kept_tokens([s.length for s in spans], [s.task for s in spans], strength)
     span_tasks = np.array([span.task for span in spans], np.int64)
     return Pack(
@@ -143,15 +164,25 @@ def build_pack(
         keys=[sample.key for sample in samples],
         coordinates=[sample.coordinates for sample in samples],
         sequences=Sequences.of(lengths),
-        route=plan.route(lengths, spans, starts, strength, rng),
+        route=plan.route(layout, strength, rng),
         tokens_T=torch.from_numpy(tokens),
         positions_T=torch.from_numpy(np.arange(len(tokens)) - np.repeat(offsets, lengths)),
         rows_M=torch.from_numpy(labelled - 1),
         targets_M=torch.from_numpy(tokens[labelled]),
         groups_M=torch.from_numpy(groups),
         labels=np.bincount(groups, minlength=num_sources * len(TASKS)),
-        flops=np.sum([costing.flops(layout, step) for layout in layouts], axis=0),
+        task_flops=costs.T @ of_task,
         dense_flops=sum(costing.dense_flops(layout) for layout in layouts),
         kept_tokens=np.stack([kept_sN[:, span_tasks == task].sum(1) for task in range(2)], axis=1),
         image_tokens=np.array([sum(span.length for span in spans if span.task == task) for task in range(2)]),
     )
+
+
+def _question_ends(samples: list[EncodedSample], offsets: np.ndarray) -> np.ndarray:
+    """For each span the row of the first token with a loss after it, or the end of its sample."""
+    ends = []
+    for sample, offset in zip(samples, offsets):
+        labelled = np.append(np.flatnonzero(sample.has_loss), sample.num_tokens)
+        for span in sample.spans:
+            ends.append(offset + labelled[np.searchsorted(labelled, span.start + span.length)])
+    return np.array(ends, np.int64)

@@ -160,22 +160,21 @@ def verify(path: Path) -> list[str]:
     return problems
 
 
-def load_weights(path: Path, module: nn.Module, prefix: str) -> None:
+def load_weights(path: Path, module: nn.Module) -> None:
     """Read a checkpoint's weights into a module in this one process, without DeepSpeed.
 
     Args:
         path: A complete checkpoint.
-        module: Its parameters' names, with ``prefix`` before them, are those of the trained module.
-        prefix: Such as ``"causal_lm."``.
+        module: With the same parameters as the one that was trained.
     """
     if problems := verify(path):
         raise MegavlmError(f"checkpoint {path} is damaged: {'; '.join(problems)}\n  do:    use another checkpoint")
     parameters = dict(module.named_parameters())
-    flat = {f"value/{prefix}{name}": torch.empty(p.numel(), dtype=torch.float32) for name, p in parameters.items()}
+    flat = {f"value/{name}": torch.empty(p.numel(), dtype=torch.float32) for name, p in parameters.items()}
     dcp.load(flat, storage_reader=dcp.FileSystemReader(path / "tensors"), no_dist=True)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(flat[f"value/{prefix}{name}"].view(parameter.shape))
+            parameter.copy_(flat[f"value/{name}"].view(parameter.shape))
 
 
 def _optimizer_steps(engine) -> int:

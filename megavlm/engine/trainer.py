@@ -1,7 +1,7 @@
 """The training loop: fetch the step's packs, normalise, forward and backward per pack, step, report.
 
 The loss of a step is ``sum over tasks of weight * (sum of cross-entropy / number of labelled tokens)``, both sums over all
-packs of the step on all ranks. The numbers are known from the packs before the first forward pass, so the gradient does not depend
+packs of the step on all ranks, plus the auxiliary loss of learned gates per image token. The numbers are known from the packs before the first forward pass, so the gradient does not depend
 on how packs are split over ranks and micro-batches (P8).
 """
 
@@ -46,11 +46,10 @@ class Trainer:
         lanes = lanes_of(world.rank, world.size, config.data.num_lanes)
         self.folder = RunFolder(config.run_dir)
         self.config = config = self.folder.prepare(config, world)
-        self.vocabulary = build.build_vocabulary(config)
-        self.image_tokenizer = build.build_image_tokenizer(config)
+        self.encoder = build.build_encoder(config, unconditional_ratio=0.0)
         # the same weights on every rank: DeepSpeed keeps rank 0's, but a frozen seed costs nothing
         torch.manual_seed(config.seed)
-        causal_lm = build.build_causal_lm(config, self.vocabulary)
+        causal_lm = build.build_causal_lm(config, self.encoder.vocabulary)
         self.plan = build.build_routing_plan(config, causal_lm.config.num_hidden_layers)
         self.engine = _start_engine(build.build_backbone(config, causal_lm), config, world)
         self.checkpointer = Checkpointer(self.folder.checkpoints, world, config.checkpoint.keep_last)
@@ -66,7 +65,9 @@ class Trainer:
         self.states = states
         self.meters = Meters(world, list(data.sources), self.plan.bounds)
         weights = config.loss.task_weights
-        self.task_weights = torch.tensor([weights.get(task, 1.0) for task in TASKS], device=world.device)
+        self.loss_weights = torch.tensor(
+            [*(weights.get(task, 1.0) for task in TASKS), config.loss.gate_weight], device=world.device
+        )
         self.writer = SummaryWriter(self.folder.tensorboard, purge_step=self.step + 1) if world.is_main else None
 
     def run(self) -> None:
@@ -108,18 +109,19 @@ class Trainer:
             # dropout and the like depend on the pack, not on which rank has it
             torch.manual_seed(integer_seed(config.seed, Purpose.MODULES, pack.step, pack.lane))
             loss_sums_G = engine(pack.to(self.world.device))
-            self.meters.add_pack(pack, loss_sums_G)
+            self.meters.add_pack(pack, loss_sums_G[:-1])
             engine.backward((loss_sums_G * factor_G).sum(), scale_wrt_gas=False)
             engine.step()
         forget_gradients(engine)
         return float(engine.get_global_grad_norm())
 
     def _loss_factors(self, packs: list) -> torch.Tensor:
-        """What each (source, task) sum of a pack is multiplied by: float32 ``[num_groups]``."""
-        labels_t = self.world.sum(sum(pack.task_labels for pack in packs))
+        """What each of the sums that the backbone gives is multiplied by: float32 ``[num_groups + 1]``."""
+        totals = self.world.sum(np.append(sum(p.task_labels for p in packs), sum(p.image_tokens.sum() for p in packs)))
         # DeepSpeed averages gradients over ranks; the loss is normalised over all of them already
-        factor_t = self.world.size * self.task_weights / labels_t.clamp(min=1)
-        return factor_t.float().repeat(len(self.config.data.sources))
+        factor = self.world.size * self.loss_weights / totals.clamp(min=1)
+        per_group = factor[:-1].repeat(len(self.config.data.sources))
+        return torch.cat([per_group, factor[-1:]]).float()
 
     def _report(self, step: int, gradient_norm: float) -> None:
         values = self.meters.report()
@@ -151,22 +153,22 @@ class Trainer:
 
     def _draw(self) -> None:
         """Draw the recipe's prompts and put them into TensorBoard and ``samples/``. All ranks draw, one writes."""
-        settings, prompts = self.config.evaluation, self.config.monitor.sample_prompts
+        config, settings, prompts = self.config, self.config.evaluation, self.config.monitor.sample_prompts
         self.engine.eval()
         codes = draw_images(
             self.engine,
-            self.vocabulary,
+            self.encoder,
             prompts,
-            (self.image_tokenizer.height, self.image_tokenizer.width),
+            build.inference_costing(config, self.engine.module.causal_lm.config),
             self.world.device,
-            integer_seed(self.config.seed, Purpose.DRAWING, self.step),
+            integer_seed(config.seed, Purpose.DRAWING, self.step),
             settings.temperature,
             settings.top_k,
             settings.guidance,
         )
         self.engine.train()
         if self.writer:
-            images = self.image_tokenizer.decode(codes)
+            images = self.encoder.image_tokenizer.decode(codes)
             self.writer.add_images("samples", images, self.step, dataformats="NHWC")
             save_grid(images, prompts, self.folder.samples / f"step-{self.step:08d}.png", title=f"step {self.step}")
             self.writer.flush()

@@ -9,9 +9,6 @@ import torch
 
 from megavlm import build
 from megavlm.benchmarks import digits
-from megavlm.config import RunConfig
-from megavlm.costs import ModelShape
-from megavlm.data.pack import Costing
 from megavlm.data.sample import Coordinates, parse_sample
 from megavlm.data.shards import expand_shards, read_shard
 from megavlm.engine.checkpoint import load_weights
@@ -22,8 +19,6 @@ from megavlm.evaluation.understanding import generated_accuracy, scored_accuracy
 from megavlm.model.backbone import Backbone
 from megavlm.monitor.pictures import save_grid
 from megavlm.randomness import Purpose, integer_seed
-from megavlm.routing.policies import Dense
-from megavlm.routing.route import RoutingPlan, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -41,23 +36,19 @@ class TrainedModel:
         self.config, self.checkpoint = self.folder.load(overrides)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.encoder = build.build_encoder(self.config, unconditional_ratio=0.0)
-        self.vocabulary, self.image_tokenizer = self.encoder.vocabulary, self.encoder.image_tokenizer
-        causal_lm = build.build_causal_lm(self.config, self.vocabulary)
-        load_weights(self.checkpoint, causal_lm, "causal_lm.")
-        self.backbone: Backbone = build.build_backbone(self.config, causal_lm).to(self.device).eval()
-        # inference is dense
-        num_layers = causal_lm.config.num_hidden_layers
-        self.costing = Costing(
-            RoutingPlan(Dense(), Dense(), num_layers, Schedule(1, 0.0, 0.0)), ModelShape.of(causal_lm.config)
-        )
+        self.image_tokenizer = self.encoder.image_tokenizer
+        causal_lm = build.build_causal_lm(self.config, self.encoder.vocabulary)
+        self.backbone: Backbone = build.build_backbone(self.config, causal_lm)
+        load_weights(self.checkpoint, self.backbone)
+        self.backbone.to(self.device).eval()
+        self.costing = build.inference_costing(self.config, causal_lm.config)
 
     def draw(self, prompts: list[str]):
         """Codes ``[len(prompts), h, w]``, sampled as the recipe's ``evaluation`` says."""
-        settings: RunConfig = self.config.evaluation
-        grid = (self.image_tokenizer.height, self.image_tokenizer.width)
+        settings = self.config.evaluation
         seed = integer_seed(self.config.seed, Purpose.DRAWING)
         sampling = (settings.temperature, settings.top_k, settings.guidance)
-        return draw_images(self.backbone, self.vocabulary, prompts, grid, self.device, seed, *sampling)
+        return draw_images(self.backbone, self.encoder, prompts, self.costing, self.device, seed, *sampling)
 
 
 def evaluate(run: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -77,13 +68,14 @@ def evaluate(run: str | Path, overrides: dict[str, Any] | None = None) -> dict[s
     log.info("scoring the answers to %d questions", len(samples))
     scored = scored_accuracy(model.backbone, samples, model.encoder, model.costing, model.device)
     log.info("answering them freely")
-    generated = generated_accuracy(model.backbone, samples, model.encoder, model.vocabulary, model.device)
+    generated = generated_accuracy(model.backbone, samples, model.encoder, model.costing, model.device)
     log.info("drawing %d images", settings.num_drawings)
     requests, labels = digits.prompts(settings.num_drawings)
     codes = model.draw(requests)
     judge = digits.Judge()
     result = {
         "checkpoint": model.checkpoint.name,
+        "route": settings.route,
         "understanding": {
             "questions": len(samples),
             "accuracy_by_scoring": scored,

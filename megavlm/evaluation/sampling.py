@@ -1,61 +1,22 @@
-"""Decoding with a key/value cache: drawing images with guidance, and answering in text.
-
-``forward`` is the stock `transformers` forward pass, of a plain model or entering through a DeepSpeed engine. Prompts of different
-lengths are padded on the left; positions count from each prompt's first token, as in training.
-"""
+"""Drawing images with guidance, and answering in text. Each takes the routing plan to follow: dense, or that of the training."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
-from megavlm.vocabulary import Vocabulary
-
-
-class Decoder:
-    """One batch of prompts and its cache; feeds tokens and returns the next token's logits.
-
-    Args:
-        forward: ``transformers``' forward pass of a causal language model.
-        prompts: Token ids of each of B prompts.
-        device: Where the model is.
-    """
-
-    def __init__(self, forward: Callable, prompts: Sequence[Sequence[int]], device: torch.device):
-        self.forward, self.cache = forward, DynamicCache()
-        longest = max(map(len, prompts))
-        self.mask_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        self.prompt_BT = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-
-    def start(self) -> torch.Tensor:
-        """Read the prompts; logits ``[B, V]`` of the token after each, float32."""
-        return self._step(self.prompt_BT, (self.mask_BT.cumsum(1) - 1).clamp(min=0))
-
-    def feed(self, tokens_B: torch.Tensor) -> torch.Tensor:
-        """Append one token to each sequence; logits ``[B, V]`` of the next, float32."""
-        position_B1 = self.mask_BT.sum(1, keepdim=True)
-        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(position_B1)], 1)
-        return self._step(tokens_B[:, None], position_B1)
-
-    def _step(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        output = self.forward(
-            input_ids=ids,
-            attention_mask=self.mask_BT,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
+from megavlm.data.encode import EncodedSample, Encoder
+from megavlm.data.pack import Costing
+from megavlm.data.sample import Coordinates, Sample, Segment
+from megavlm.model.decoding import Decoder
 
 
 @torch.no_grad()
 def draw_images(
-    forward: Callable,
-    vocabulary: Vocabulary,
+    model: Callable,
+    encoder: Encoder,
     prompts: Sequence[str],
-    grid: tuple[int, int],
+    costing: Costing,
     device: torch.device,
     seed: int,
     temperature: float = 1.0,
@@ -67,10 +28,10 @@ def draw_images(
     Classifier-free guidance (Ho & Salimans 2022): logits = unconditional + guidance * (conditional - unconditional).
 
     Args:
-        forward: The model.
-        vocabulary: Its id space.
+        model: A backbone, or an engine around one.
+        encoder: Of the model's vocabulary and images.
         prompts: What to draw.
-        grid: Height and width of the image in codes.
+        costing: Of the routing plan to follow.
         device: Where the model is.
         seed: Of the sampling.
         temperature: Of the softmax.
@@ -80,13 +41,16 @@ def draw_images(
     Returns:
         Codes ``[len(prompts), height, width]``.
     """
+    vocabulary, grid = encoder.vocabulary, (encoder.image_tokenizer.height, encoder.image_tokenizer.width)
     generator = torch.Generator(device).manual_seed(seed)
-    conditional = [[vocabulary.bos, *vocabulary.encode_text(prompt), vocabulary.boi] for prompt in prompts]
     guided = guidance != 1.0
-    unconditional = [[vocabulary.bos, vocabulary.unconditional, vocabulary.boi]] * len(prompts) if guided else []
-    decoder = Decoder(forward, conditional + unconditional, device)
-    logits_BV, drawn = decoder.start(), []
-    for _ in range(grid[0] * grid[1]):
+    samples = [_to_draw(encoder, prompt, grid, index) for index, prompt in enumerate(prompts)]
+    if guided:
+        without_text = Encoder(vocabulary, encoder.image_tokenizer, unconditional_ratio=1.0)
+        samples += [_to_draw(without_text, prompt, grid, index) for index, prompt in enumerate(prompts)]
+    decoder = Decoder(model, samples, [sample.spans[0].start for sample in samples], costing, device)
+    logits_BV, drawn, num_codes = decoder.start(), [], grid[0] * grid[1]
+    for place in range(num_codes):
         logits_BC = logits_BV[:, vocabulary.first_code : vocabulary.size]
         if guided:
             with_prompt, without = logits_BC.chunk(2)
@@ -97,7 +61,7 @@ def draw_images(
             logits_BC = logits_BC.masked_fill(logits_BC < lowest_kept, -torch.inf)
         codes_B = torch.multinomial(logits_BC.softmax(1), 1, generator=generator)[:, 0]
         drawn.append(codes_B)
-        if len(drawn) < grid[0] * grid[1]:
+        if place + 1 < num_codes:
             tokens_B = codes_B + vocabulary.first_code
             logits_BV = decoder.feed(torch.cat([tokens_B, tokens_B]) if guided else tokens_B)
     return torch.stack(drawn, 1).view(len(prompts), *grid).cpu().numpy()
@@ -105,28 +69,32 @@ def draw_images(
 
 @torch.no_grad()
 def answer(
-    forward: Callable, vocabulary: Vocabulary, prompts: Sequence[Sequence[int]], device: torch.device, max_tokens: int = 16
+    model: Callable,
+    encoder: Encoder,
+    prompts: Sequence[EncodedSample],
+    costing: Costing,
+    device: torch.device,
+    max_tokens: int = 16,
 ) -> list[str]:
     """Answer each prompt with the most likely text, token by token, until ``<eos>``.
 
     Args:
-        forward: The model.
-        vocabulary: Its id space.
-        prompts: Token ids, images included.
+        model: A backbone, or an engine around one.
+        encoder: Of the model's vocabulary.
+        prompts: Questions with their images, nothing of the answer.
+        costing: Of the routing plan to follow.
         device: Where the model is.
         max_tokens: Longest answer.
     """
-    decoder = Decoder(forward, prompts, device)
+    vocabulary = encoder.vocabulary
+    lengths = [prompt.num_tokens for prompt in prompts]
+    decoder = Decoder(model, prompts, lengths, costing, device, num_more=max_tokens)
     logits_BV, answers = decoder.start(), [[] for _ in prompts]
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    is_text_V = torch.arange(logits_BV.shape[1], device=device) < vocabulary.num_text
+    is_text_V[vocabulary.eos] = True
     for _ in range(max_tokens):
-        # an answer is text or its end
-        logits_BV[:, vocabulary.num_text :] = torch.where(
-            torch.arange(vocabulary.num_text, logits_BV.shape[1], device=device) == vocabulary.eos,
-            logits_BV[:, vocabulary.num_text :],
-            -torch.inf,
-        )
-        tokens_B = logits_BV.argmax(1)
+        tokens_B = logits_BV.masked_fill(~is_text_V, -torch.inf).argmax(1)
         running &= tokens_B != vocabulary.eos
         if not running.any():
             break
@@ -135,3 +103,10 @@ def answer(
                 ids.append(token)
         logits_BV = decoder.feed(tokens_B)
     return [vocabulary.decode_text(ids) for ids in answers]
+
+
+def _to_draw(encoder: Encoder, prompt: str, grid: tuple[int, int], index: int) -> EncodedSample:
+    """A generation sample whose image is a placeholder."""
+    segments = (Segment(text=prompt), Segment(image="image", loss=True))
+    image = {"image": np.zeros(grid, np.int64)}
+    return encoder(Sample("", "generation", segments, image, Coordinates(0, 0, 0, index)))

@@ -15,7 +15,6 @@ from megavlm.data.pack import Costing, build_pack
 from megavlm.data.sample import Sample
 from megavlm.evaluation.sampling import answer
 from megavlm.model.backbone import Backbone
-from megavlm.vocabulary import Vocabulary
 
 BATCH_SAMPLES = 128
 
@@ -27,7 +26,8 @@ def sample_losses(backbone: Backbone, samples: Sequence[EncodedSample], costing:
     for begin in range(0, len(samples), BATCH_SAMPLES):
         batch = list(samples[begin : begin + BATCH_SAMPLES])
         pack = build_pack(batch, costing, num_sources=1, lane=0, step=0, seed=0).to(device)
-        h_MD = backbone.causal_lm.model.norm(backbone.hidden_states(pack)[pack.rows_M])
+        h_TD, _ = backbone.hidden_states(pack)
+        h_MD = backbone.causal_lm.model.norm(h_TD[pack.rows_M])
         loss_M = functional.cross_entropy(backbone.causal_lm.lm_head(h_MD).float(), pack.targets_M, reduction="none")
         owner_M = np.repeat(np.arange(len(batch)), [sample.has_loss.sum() for sample in batch])
         losses.append(np.bincount(owner_M, loss_M.double().cpu().numpy(), minlength=len(batch)))
@@ -47,14 +47,13 @@ def scored_accuracy(backbone: Backbone, samples: Sequence[Sample], encoder: Enco
 
 
 def generated_accuracy(
-    backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, vocabulary: Vocabulary, device
+    backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device
 ) -> float:
     """Share of the samples that the model answers right when it writes freely, greedily and until ``<eos>``."""
     right = 0
     for begin in range(0, len(samples), BATCH_SAMPLES):
         batch = samples[begin : begin + BATCH_SAMPLES]
-        prompts = [_prompt(encoder(sample)) for sample in batch]
-        answers = answer(backbone, vocabulary, prompts, device)
+        answers = answer(backbone, encoder, [encoder(sample).prompt() for sample in batch], costing, device)
         right += sum(given.strip() == sample.meta["answer"] for given, sample in zip(answers, batch))
     return right / len(samples)
 
@@ -63,7 +62,3 @@ def _with_answer(sample: Sample, text: str) -> Sample:
     segments = tuple(s.model_copy(update={"text": text}) if s.loss else s for s in sample.segments)
     return replace(sample, segments=segments)
 
-
-def _prompt(encoded: EncodedSample) -> list[int]:
-    """The tokens before the first one with a loss."""
-    return encoded.tokens[: int(encoded.has_loss.argmax())].tolist()

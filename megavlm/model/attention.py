@@ -4,17 +4,52 @@ On CUDA in half precision it is torch's fused variable-length kernel; elsewhere 
 a CPU beats padding and block masks. Both are tested against one dense masked reference.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from megavlm.routing.route import Sequences
+from megavlm.routing.route import BIAS_WIDTH, Sequences
 
 NAME = "megavlm_varlen"
 
 
+@dataclass
+class Guests:
+    """Keys and values of tokens that are not queried: R rows beside the K active ones, U together in the pack's order."""
+
+    k_RHd: torch.Tensor
+    v_RHd: torch.Tensor
+    place_K: torch.Tensor
+    """Where the active rows stand among the U."""
+    place_R: torch.Tensor
+    """Where the guests stand."""
+    sequences: Sequences
+    """Boundaries of the U."""
+
+
+@dataclass
+class Context:
+    """What a layer's attention needs to know beyond queries, keys and values."""
+
+    sequences: Sequences
+    """Boundaries of the active rows."""
+    guests: Guests | None = None
+    log_sizes_K: torch.Tensor | None = None
+    """Added to the scores of each key: the logarithm of how many tokens it stands for."""
+    observe: Callable | None = None
+    """Called with queries, keys and values ``[K, heads, d]``, rotary embedding included."""
+
+
 def packed_attention(
-    q_THd: torch.Tensor, k_THd: torch.Tensor, v_THd: torch.Tensor, sequences: Sequences, scale: float
+    q_THd: torch.Tensor,
+    k_THd: torch.Tensor,
+    v_THd: torch.Tensor,
+    sequences: Sequences,
+    scale: float,
+    bias_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention that never crosses a sequence.
 
@@ -24,17 +59,25 @@ def packed_attention(
         v_THd: Values, likewise.
         sequences: Boundaries; they cover all T rows.
         scale: Factor of the scores.
+        bias_T: Added to the scores of each key.
 
     Returns:
         ``[T, H, d]``.
     """
-    if q_THd.is_cuda and q_THd.dtype in (torch.float16, torch.bfloat16):
-        return _fused(q_THd, k_THd, v_THd, sequences, scale)
-    return _per_sequence(q_THd, k_THd, v_THd, sequences, scale)
+    width = q_THd.shape[2]
+    if bias_T is not None:
+        # one more product per score carries the bias through any kernel
+        ones_THx = functional.pad(torch.ones_like(q_THd[..., :1]), (0, BIAS_WIDTH - 1))
+        bias_THx = ones_THx * (bias_T / scale).to(k_THd.dtype)[:, None, None]
+        q_THd, k_THd = torch.cat([q_THd, ones_THx], 2), torch.cat([k_THd, bias_THx], 2)
+        v_THd = functional.pad(v_THd, (0, BIAS_WIDTH))
+    fused = q_THd.is_cuda and q_THd.dtype in (torch.float16, torch.bfloat16)
+    attend = _fused if fused else _per_sequence
+    return attend(q_THd, k_THd, v_THd, sequences, scale)[..., :width]
 
 
 def _fused(q_THd, k_THd, v_THd, sequences: Sequences, scale: float) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # importing it without CUDA fails in some builds
+    from torch.nn.attention.varlen import varlen_attn  # CPU builds of torch may lack it
 
     cu, longest = sequences.cu_seqlens, sequences.max_seqlen
     return varlen_attn(q_THd, k_THd, v_THd, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
@@ -50,14 +93,35 @@ def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, scale: float) -> to
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _for_transformers(module, query, key, value, attention_mask, *, scaling, sequences: Sequences, **_unused):
+def _for_transformers(module, query, key, value, attention_mask, *, scaling, context, **_unused):
     """The signature that `transformers` calls: ``[1, heads, T, d]`` in, ``[1, T, heads, d]`` out."""
     groups = query.shape[1] // key.shape[1]
-    q_THd, k_THd, v_THd = (x[0].transpose(0, 1) for x in (query, key, value))
+    q_KHd, k_KHd, v_KHd = (x[0].transpose(0, 1) for x in (query, key, value))
+    if not isinstance(context, Context):  # decoding with a cache
+        return context.attend(q_KHd, k_KHd, v_KHd, scaling)[None], None
+    if context.observe is not None:
+        context.observe(q_KHd, k_KHd, v_KHd)
+    sequences, guests, log_sizes_K = context.sequences, context.guests, context.log_sizes_K
+    if guests is not None:
+        # guests ask nothing: their queries are zeros, and what comes out for them is dropped
+        q_KHd = _placed(q_KHd, guests, None)
+        k_KHd, v_KHd = _placed(k_KHd, guests, guests.k_RHd), _placed(v_KHd, guests, guests.v_RHd)
+        sequences = guests.sequences
+        log_sizes_K = None if log_sizes_K is None else _placed(log_sizes_K, guests, None)
     if groups > 1:
         # torch 2.11's varlen_attn has no grouped queries
-        k_THd, v_THd = (x.repeat_interleave(groups, dim=1) for x in (k_THd, v_THd))
-    return packed_attention(q_THd, k_THd, v_THd, sequences, scaling)[None], None
+        k_KHd, v_KHd = (x.repeat_interleave(groups, dim=1) for x in (k_KHd, v_KHd))
+    out_KHd = packed_attention(q_KHd, k_KHd, v_KHd, sequences, scaling, log_sizes_K)
+    if guests is not None:
+        out_KHd = out_KHd.index_select(0, guests.place_K)
+    return out_KHd[None], None
+
+
+def _placed(x_KHd: torch.Tensor, guests: Guests, guest_RHd: torch.Tensor | None) -> torch.Tensor:
+    """What belongs to the active tokens and to the guests, in the pack's order ``[U, …]``."""
+    together = x_KHd.new_zeros(len(guests.place_K) + len(guests.place_R), *x_KHd.shape[1:])
+    together = together.index_copy(0, guests.place_K, x_KHd)
+    return together if guest_RHd is None else together.index_copy(0, guests.place_R, guest_RHd.to(x_KHd.dtype))
 
 
 AttentionInterface.register(NAME, _for_transformers)

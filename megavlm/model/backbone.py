@@ -1,6 +1,7 @@
 """A stock Hugging Face decoder, driven stage by stage.
 
-Between two stages the token router writes the active rows back into the full residual stream and takes the rows of the next::
+Between two stages the token router (`megavlm.routing.router`) writes the active rows back into the full residual stream and takes
+the rows of the next::
 
     h_TD[active] = x_KD
     x_KD = h_TD[next_active]
@@ -9,6 +10,8 @@ Every pack calls the same modules in the same order, whatever it holds (P7).
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +19,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megavlm.costs import ModelShape
 from megavlm.data.pack import Pack
 from megavlm.data.sample import TASKS
 from megavlm.errors import ConfigError
 from megavlm.model import attention
+from megavlm.model.attention import Context, Guests
 from megavlm.model.loss import chunked_loss
+from megavlm.routing.injection import Injector
+from megavlm.routing.route import GENERATION, UNDERSTANDING, RoutingPlan, Stage
+from megavlm.routing.router import Router
 
 
 def make_causal_lm(architecture: dict[str, Any], vocabulary_size: int) -> PreTrainedModel:
@@ -56,6 +64,7 @@ class Backbone(nn.Module):
 
     Args:
         causal_lm: The stock model; its weights are the backbone's.
+        plan: The run's routing plan; gates and injectors that its policies need become parts of the backbone.
         num_sources: Sources of the mixture, for losses per source.
         max_labels: Upper bound of a pack's labelled rows.
         chunk_rows: Labelled rows per call of the output head.
@@ -65,54 +74,107 @@ class Backbone(nn.Module):
     def __init__(
         self,
         causal_lm: PreTrainedModel,
+        plan: RoutingPlan,
         num_sources: int,
         max_labels: int,
         chunk_rows: int,
         activation_checkpointing: bool = False,
     ):
         super().__init__()
-        self.causal_lm = causal_lm
+        self.causal_lm, self.selectors = causal_lm, plan.selectors
         self.num_groups = num_sources * len(TASKS)
         self.num_chunks = math.ceil(max_labels / chunk_rows)
         self.activation_checkpointing = activation_checkpointing
+        shape = ModelShape.of(causal_lm.config)
+        self.gates, self.injectors = nn.ModuleDict(), nn.ModuleDict()
+        for task in (UNDERSTANDING, GENERATION):
+            for layer in plan.layers_that("gate", task):
+                self.gates[f"{task}_{layer}"] = nn.Linear(shape.width, 1)
+            for layer in plan.layers_that("inject", task):
+                self.injectors[f"{task}_{layer}"] = Injector(shape.width, shape.num_kv_heads, shape.head_width)
 
-    def forward(self, pack: Pack | None = None, **decoding) -> torch.Tensor:
-        """Sums of cross-entropy per (source, task) of a pack: float32 ``[num_sources * len(TASKS)]``.
+    def forward(self, work) -> torch.Tensor:
+        """Sums of losses of a pack: float32 ``[num_sources * len(TASKS) + 1]``.
 
-        With keyword arguments instead of a pack it is the stock model's own forward pass, for decoding with a cache: under
-        ZeRO-3 that too must enter through the module that DeepSpeed wraps.
+        Cross-entropy per (source, task), then the auxiliary loss of learned gates. Anything but a pack is called with the backbone:
+        under ZeRO-3 decoding too must enter through the module that DeepSpeed wraps.
         """
-        if pack is None:
-            self.causal_lm.config._attn_implementation = "sdpa"
-            return self.causal_lm(**decoding)
-        h_TD = self.hidden_states(pack)
-        h_MD = self.causal_lm.model.norm(h_TD.index_select(0, pack.rows_M))
-        return chunked_loss(
-            self.causal_lm.lm_head, h_MD, pack.targets_M, pack.groups_M, self.num_groups, self.num_chunks
+        if not isinstance(work, Pack):
+            return work(self)
+        h_TD, gate_loss = self.hidden_states(work)
+        h_MD = self.causal_lm.model.norm(h_TD.index_select(0, work.rows_M))
+        sums_G = chunked_loss(
+            self.causal_lm.lm_head, h_MD, work.targets_M, work.groups_M, self.num_groups, self.num_chunks
         )
+        return torch.cat([sums_G, gate_loss[None]])
 
-    def hidden_states(self, pack: Pack) -> torch.Tensor:
-        """The residual stream after the last layer, before the final norm: ``[T, D]``."""
+    def hidden_states(self, pack: Pack, observe: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream after the last layer, before the final norm ``[T, D]``, and the sum of the gates' loss.
+
+        Args:
+            pack: On the model's device.
+            observe: Called in every layer with its number, the rows that give keys, their keys and values, and the bias of each key.
+        """
         model = self.causal_lm.model
         model.config._attn_implementation = attention.NAME
-        h_TD = model.embed_tokens(pack.tokens_T)
-        cos_T, sin_T = (table[0] for table in model.rotary_emb(h_TD[None], pack.positions_T[None]))
+        embedding_TD = model.embed_tokens(pack.tokens_T)
+        cos_T, sin_T = (table[0] for table in model.rotary_emb(embedding_TD[None], pack.positions_T[None]))
+        router = Router(pack.route, embedding_TD, self.selectors, self.gates)
         for stage in pack.route.stages:
-            active = stage.active_K
-            if active is None:
-                x_KD, cos_K, sin_K = h_TD, cos_T, sin_T
-            else:
-                x_KD, cos_K, sin_K = (rows.index_select(0, active) for rows in (h_TD, cos_T, sin_T))
-            for layer in model.layers[stage.first_layer : stage.end_layer]:
-                x_KD = self._layer(layer, x_KD, (cos_K[None], sin_K[None]), stage.sequences)
-            h_TD = x_KD if active is None else h_TD.index_copy(0, active, x_KD)
-        return h_TD
+            active = router.enter(stage)
+            x_KD, cos_K, sin_K = router.take(active, cos_T, sin_T)
+            context = Context(stage.sequences)
+            if router.log_sizes_T is not None:
+                (context.log_sizes_K,) = router.take(active, router.log_sizes_T)[1:]
+            for layer in range(stage.first_layer, stage.end_layer):
+                if stage.injections:
+                    context.guests = self._guests(stage, layer, active, embedding_TD)
+                is_watched = stage.is_watched and layer == stage.end_layer - 1
+                context.observe = None
+                if is_watched or observe:
+                    context.observe = _observer(router if is_watched else None, observe, layer, active, cos_K, sin_K, context)
+                x_KD = self._layer(model.layers[layer], x_KD, (cos_K[None], sin_K[None]), replace(context))
+            router.write(active, x_KD)
+        return router.h_TD, router.gate_loss
 
-    def _layer(self, layer: nn.Module, x_KD: torch.Tensor, rotary: tuple, sequences) -> torch.Tensor:
+    def _guests(self, stage: Stage, layer: int, active: torch.Tensor | None, embedding_TD: torch.Tensor) -> Guests:
+        """Keys and values of a layer for rows that do not travel."""
+        parts = [
+            self.injectors[f"{injection.task}_{layer}"](embedding_TD.index_select(0, injection.rows_R))
+            for injection in stage.injections
+        ]
+        k_RHd, v_RHd = (torch.cat(part) for part in zip(*parts))
+        rows_R = torch.cat([injection.rows_R for injection in stage.injections])
+        rows_K = torch.arange(len(embedding_TD), device=rows_R.device) if active is None else active
+        rows_U = torch.cat([rows_K, rows_R]).sort().values
+        places = [torch.searchsorted(rows_U, rows) for rows in (rows_K, rows_R)]
+        return Guests(k_RHd, v_RHd, *places, stage.injections[0].sequences)
+
+    def _layer(self, layer: nn.Module, x_KD: torch.Tensor, rotary: tuple, context) -> torch.Tensor:
         def call(x_KD):
-            return layer(x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, sequences=sequences)
+            return layer(x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, context=context)
 
         if self.activation_checkpointing and torch.is_grad_enabled():
             # not the reentrant kind: that drops gradients when the input needs none
             return checkpoint(call, x_KD, use_reentrant=False)[0]
         return call(x_KD)[0]
+
+
+def _observer(router: Router | None, observe: Callable | None, layer: int, active, cos_K, sin_K, context: Context):
+    """What a layer's attention calls: tells the router, or whoever observes the forward pass, or both."""
+
+    def call(q_KHd, k_KHd, v_KHd):
+        if router is not None:
+            groups = q_KHd.shape[1] // k_KHd.shape[1]
+            q, k = (_without_rotary(x.detach(), cos_K, sin_K) for x in (q_KHd, k_KHd))
+            router.watch(active, q, k.repeat_interleave(groups, dim=1))
+        if observe is not None:
+            observe(layer, active, k_KHd, v_KHd, context)
+
+    return call
+
+
+def _without_rotary(x_KHd: torch.Tensor, cos_Kd: torch.Tensor, sin_Kd: torch.Tensor) -> torch.Tensor:
+    """Turn queries or keys back by the angles of their positions (rotary embedding of the Llama kind)."""
+    first, second = x_KHd.chunk(2, dim=-1)
+    return x_KHd * cos_Kd[:, None] - torch.cat([-second, first], -1) * sin_Kd[:, None]

@@ -1,20 +1,20 @@
-"""Routing policies: for every layer of the backbone, what share of an image span's tokens is active.
+"""Routing policies: for every layer of the backbone, what share of an image span's tokens is active, and how it came about.
 
-A policy is a `Settings` class with a ``policy`` name and a method ``layers``. Two layers with the same ``draw`` rank the tokens
-of a span alike, so that a lower share keeps a subset of a higher one; another draw is another ranking. A token that is
-inactive in a layer stays in the residual stream as it was: whether it is *dropped* (never active again) or *bypasses*
-(active again later) is only a matter of the later layers' shares.
+A policy is a `Settings` class with a ``policy`` name and a method ``layers``; `register_policy` makes it known to recipes. A token that
+is inactive in a layer stays in the residual stream as it was: whether it is *dropped* (never active again) or *bypasses* (active
+again later) is only a matter of the later layers' shares.
 """
 
-from typing import Annotated, Literal, NamedTuple, Union
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler
 
 from megavlm.errors import ConfigError
-from megavlm.routing.selectors import SELECTORS
+from megavlm.routing.selectors import check_selector
 from megavlm.settings import Settings
 
 KeepRatio = Annotated[float, Field(gt=0, le=1)]
+Selector = Annotated[str, AfterValidator(check_selector)]
 
 
 class LayerPlan(NamedTuple):
@@ -23,7 +23,22 @@ class LayerPlan(NamedTuple):
     keep_ratio: float = 1.0
     """Share of every span's tokens that is active, rounded up to whole tokens."""
     draw: int = 0
-    """Which ranking of the span's tokens decides."""
+    """Which ranking of the span's tokens decides. Layers with the same draw rank alike, so that a lower share keeps a subset."""
+    nested: bool = False
+    """Rank only tokens that were active in the layer before."""
+    how: Literal["select", "gate", "merge", "inject"] = "select"
+    """What decides or becomes of the others: a selector, a learned gate, merging into the kept ones, keys and values only."""
+
+
+DENSE = LayerPlan()
+POLICIES: dict[str, type["Policy"]] = {}
+"""Every policy that a recipe can name."""
+
+
+def register_policy(policy: type["Policy"]) -> type["Policy"]:
+    """Class decorator: make a policy known to recipes under the default of its field ``policy``."""
+    POLICIES[policy.model_fields["policy"].default] = policy
+    return policy
 
 
 class Policy(Settings):
@@ -31,57 +46,203 @@ class Policy(Settings):
 
     policy: str
     """Name of the policy."""
-    selector: Literal[tuple(SELECTORS)] = "random"
-    """Which tokens of a span stay."""
+
+    @property
+    def selector_name(self) -> str:
+        """Which tokens of a span stay; policies that leave the choice to the user have a field ``selector``."""
+        return getattr(self, "selector", "random")
 
     def layers(self, num_layers: int) -> list[LayerPlan]:
         """The plan of each of ``num_layers`` layers."""
         raise NotImplementedError
 
 
+class AnyPolicy:
+    """Annotation of a setting that holds a policy: whichever class is registered under its name."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: Any, handler: GetCoreSchemaHandler):
+        return handler(Annotated[Union[tuple(POLICIES.values())], Field(discriminator="policy")])
+
+
+@register_policy
 class Dense(Policy):
     """Every token in every layer."""
 
     policy: Literal["dense"] = "dense"
 
     def layers(self, num_layers: int) -> list[LayerPlan]:
-        return [LayerPlan()] * num_layers
+        return [DENSE] * num_layers
 
 
+@register_policy
 class LateDrop(Policy):
     """All image tokens leave after a layer, because understanding hardly attends to them in late layers
     (arXiv 2606.01503, layerwise attention analysis; FastV, arXiv 2403.06764)."""
 
-    policy: Literal["late_drop"]
+    policy: Literal["late_drop"] = "late_drop"
     after_layer: Annotated[int, Field(ge=1)]
     """Number of layers that see the image."""
 
     def layers(self, num_layers: int) -> list[LayerPlan]:
-        check_layer("late_drop.after_layer", self.after_layer, num_layers - 1)
-        return [LayerPlan()] * self.after_layer + [LayerPlan(0.0)] * (num_layers - self.after_layer)
+        check_layers("late_drop.after_layer", self.after_layer, num_layers - 1)
+        return [DENSE] * self.after_layer + [LayerPlan(0.0)] * (num_layers - self.after_layer)
 
 
-class RandomLTD(Policy):
-    """Random layerwise token dropping: every layer but the first and the last runs on a random subset of its own, the
-    rest bypasses it (arXiv 2211.11586)."""
+@register_policy
+class LateEntry(Policy):
+    """Image tokens join at a layer: shallow layers hardly use them (HiDrop, arXiv 2602.23699)."""
 
-    policy: Literal["random_ltd"]
-    keep_ratio: KeepRatio
-    """Share of the tokens in the middle layers."""
+    policy: Literal["late_entry"] = "late_entry"
+    at_layer: Annotated[int, Field(ge=1)]
+    """First layer that sees the image."""
 
     def layers(self, num_layers: int) -> list[LayerPlan]:
-        if num_layers < 3:
-            raise ConfigError(
-                f"routing: random_ltd needs at least 3 layers, the model has {num_layers}\n  do:    use a deeper model"
-            )
-        return [LayerPlan(), *(LayerPlan(self.keep_ratio, layer) for layer in range(1, num_layers - 1)), LayerPlan()]
+        check_layers("late_entry.at_layer", self.at_layer, num_layers - 1)
+        return [LayerPlan(0.0)] * self.at_layer + [DENSE] * (num_layers - self.at_layer)
 
 
-POLICIES = (Dense, LateDrop, RandomLTD)
-AnyPolicy = Annotated[Union[POLICIES], Field(discriminator="policy")]
+@register_policy
+class Pyramid(Policy):
+    """Fewer and fewer image tokens: each of some equal parts of the layers keeps a share of the part before, ranked anew
+    (PyramidDrop, arXiv 2410.17247: a half, in four parts, by the attention of the instruction)."""
+
+    policy: Literal["pyramid"] = "pyramid"
+    keep_ratio: KeepRatio = 0.5
+    """Share of the tokens of one part that goes on to the next."""
+    num_parts: Annotated[int, Field(ge=2)] = 4
+    """Parts of equally many layers; the first is dense."""
+    selector: Selector = "random"
+    """Which tokens go on."""
+
+    def layers(self, num_layers: int) -> list[LayerPlan]:
+        check_layers("pyramid.num_parts", self.num_parts, num_layers)
+        parts = [layer * self.num_parts // num_layers for layer in range(num_layers)]
+        return [LayerPlan(self.keep_ratio**part, part, nested=True) if part else DENSE for part in parts]
 
 
-def check_layer(setting: str, layer: int, highest: int) -> None:
+@register_policy
+class RandomLTD(Policy):
+    """Random layerwise token dropping: every layer but the first and the last runs on a subset of its own, the rest
+    bypasses it (arXiv 2211.11586)."""
+
+    policy: Literal["random_ltd"] = "random_ltd"
+    keep_ratio: KeepRatio
+    """Share of the tokens in the middle layers."""
+    selector: Selector = "random"
+    """Which tokens stay; the paper's are random."""
+
+    def layers(self, num_layers: int) -> list[LayerPlan]:
+        check_depth("random_ltd", num_layers)
+        return [DENSE, *(LayerPlan(self.keep_ratio, layer) for layer in range(1, num_layers - 1)), DENSE]
+
+
+class Bypass(Policy):
+    """One subset runs through a block of layers, the rest bypasses the block."""
+
+    keep_ratio: KeepRatio = 0.5
+    """Share of the tokens inside the block."""
+    first_layer: Annotated[int, Field(ge=0)]
+    """First layer of the block."""
+    end_layer: int
+    """First layer after the block; negative counts from the end, so that -1 leaves one dense layer."""
+    selector: Selector = "random"
+    """Which tokens stay."""
+
+    def layers(self, num_layers: int) -> list[LayerPlan]:
+        end = self.end_layer + num_layers * (self.end_layer < 0)
+        check_layers(f"{self.policy}.end_layer", end, num_layers)
+        check_layers(f"{self.policy}.first_layer", self.first_layer, end - 1)
+        block = [LayerPlan(self.keep_ratio, draw=1)] * (end - self.first_layer)
+        return [DENSE] * self.first_layer + block + [DENSE] * (num_layers - end)
+
+
+@register_policy
+class Tread(Bypass):
+    """One long bypass for half of the tokens, in training only (TREAD, arXiv 2501.04765: layers 2 to 8 of 12)."""
+
+    policy: Literal["tread"] = "tread"
+    first_layer: Annotated[int, Field(ge=0)] = 2
+    """First layer of the block."""
+    end_layer: int = -4
+    """First layer after the block; negative counts from the end."""
+
+
+@register_policy
+class SharedBypass(Bypass):
+    """The same bypass for both tasks: one set of weights, one block of layers, dense first and last layers, a share for each task.
+
+    Ours, against the divergent pathways that task-specific accelerators need (arXiv 2606.01503): every token of either task goes
+    through the same projections of the same layers, or through none. Set it for both tasks, with the same block.
+    """
+
+    policy: Literal["shared_bypass"] = "shared_bypass"
+    first_layer: Annotated[int, Field(ge=1)] = 1
+    """First layer of the block, the same for both tasks."""
+    end_layer: int = -1
+    """First layer after the block, the same for both tasks; negative counts from the end."""
+
+
+@register_policy
+class MixtureOfDepths(Policy):
+    """In every other layer, a learned gate decides which tokens go through; its value scales what the layer adds
+    (arXiv 2404.02258, whose top-k sees the future).
+
+    Ours is causal and keeps an exact number: a token goes through if its gate is open and the span's quota is not used up, or if all
+    that are left are needed to fill it. An auxiliary loss teaches the gates to open for the top-k, as in the paper. Works on spans
+    that the model draws, in training and when sampling.
+    """
+
+    policy: Literal["mixture_of_depths"] = "mixture_of_depths"
+    keep_ratio: KeepRatio = 0.5
+    """Share of the tokens that go through a gated layer."""
+
+    def layers(self, num_layers: int) -> list[LayerPlan]:
+        check_depth("mixture_of_depths", num_layers)
+        gated = range(1, num_layers - 1, 2)
+        return [LayerPlan(self.keep_ratio, layer, how="gate") if layer in gated else DENSE for layer in range(num_layers)]
+
+
+@register_policy
+class KVInjection(Policy):
+    """A control arm of the limits study (arXiv 2606.01503), with parameters of its own: it exists to reproduce the loss of synergy.
+
+    For understanding (HiMix, arXiv 2501.10318): image tokens never travel; each layer gives their keys and values through a norm and
+    projections of its own from their embeddings, without rotary embedding. For generation its mirror (HMGen as we understand
+    it): the prompt's tokens never travel but give keys and values likewise. The same modality then meets different weights in the two
+    tasks, which is what the study blames.
+    """
+
+    policy: Literal["kv_injection"] = "kv_injection"
+
+    def layers(self, num_layers: int) -> list[LayerPlan]:
+        return [LayerPlan(0.0, how="inject")] * num_layers
+
+
+@register_policy
+class Merge(Policy):
+    """At a layer, the most similar image tokens merge into others: size-weighted means, and attention that counts a token as often
+    as it stands for (ToMe, arXiv 2210.09461)."""
+
+    policy: Literal["merge"] = "merge"
+    at_layer: Annotated[int, Field(ge=1)]
+    """Layers before the merge."""
+    keep_ratio: Annotated[float, Field(ge=0.5, le=1)] = 0.5
+    """Share of the tokens that is left; at most every second one can merge."""
+
+    def layers(self, num_layers: int) -> list[LayerPlan]:
+        check_layers("merge.at_layer", self.at_layer, num_layers - 1)
+        merged = LayerPlan(self.keep_ratio, draw=1, nested=True, how="merge")
+        return [DENSE] * self.at_layer + [merged] * (num_layers - self.at_layer)
+
+
+def check_layers(setting: str, layer: int, highest: int) -> None:
     """Raise a ConfigError if a policy names a layer that the model does not have."""
     if layer > highest:
         raise ConfigError(f"routing: {setting} is {layer}, but this model allows at most {highest}\n  do:    lower it")
+
+
+def check_depth(policy: str, num_layers: int) -> None:
+    """Raise a ConfigError if there is no layer between the first and the last."""
+    if num_layers < 3:
+        raise ConfigError(f"routing: {policy} needs at least 3 layers, the model has {num_layers}\n  do:    use a deeper model")

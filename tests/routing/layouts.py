@@ -7,34 +7,62 @@ from megavlm.costs import ModelShape
 from megavlm.data.encode import GENERATION, TEXT, UNDERSTANDING, EncodedSample, Span
 from megavlm.data.pack import Costing, build_pack
 from megavlm.data.sample import Coordinates
-from megavlm.routing.policies import Dense, LateDrop, RandomLTD
+from megavlm.routing.policies import (
+    Dense,
+    KVInjection,
+    LateDrop,
+    LateEntry,
+    Merge,
+    MixtureOfDepths,
+    Pyramid,
+    RandomLTD,
+    SharedBypass,
+    Tread,
+)
 from megavlm.routing.route import RoutingPlan, Schedule
 
-NUM_LAYERS, VOCABULARY = 4, 50
+NUM_LAYERS, VOCABULARY = 4, 150
 SHAPE = ModelShape(32, NUM_LAYERS, 4, 2, 8, 64, VOCABULARY)
 
+DENSE = Dense()
 POLICIES = {
-    "dense": (Dense(), Dense()),
-    "late_drop": (LateDrop(policy="late_drop", after_layer=2), Dense()),
-    "late_drop_early": (LateDrop(policy="late_drop", after_layer=1, selector="stride"), Dense()),
-    "random_ltd": (RandomLTD(policy="random_ltd", keep_ratio=0.4), RandomLTD(policy="random_ltd", keep_ratio=0.6)),
-    "one_kept": (RandomLTD(policy="random_ltd", keep_ratio=0.001), RandomLTD(policy="random_ltd", keep_ratio=0.001)),
-    "per_task": (
-        LateDrop(policy="late_drop", after_layer=2),
-        RandomLTD(policy="random_ltd", keep_ratio=0.5, selector="stride"),
-    ),
+    "dense": (DENSE, DENSE),
+    "late_drop": (LateDrop(after_layer=2), DENSE),
+    "late_entry": (LateEntry(at_layer=1), LateEntry(at_layer=2)),
+    "random_ltd": (RandomLTD(keep_ratio=0.4), RandomLTD(keep_ratio=0.6)),
+    "one_kept": (RandomLTD(keep_ratio=0.001), RandomLTD(keep_ratio=0.001)),
+    "pyramid": (Pyramid(), DENSE),
+    "pyramid_question": (Pyramid(selector="question_attention"), RandomLTD(keep_ratio=0.5, selector="stride")),
+    "pyramid_redundancy": (Pyramid(selector="redundancy", num_parts=3), DENSE),
+    "ltd_key_norm": (RandomLTD(keep_ratio=0.5, selector="key_norm"), Tread(keep_ratio=0.3, first_layer=1, end_layer=3)),
+    "tread": (Tread(first_layer=1, end_layer=-1), Tread(first_layer=0, end_layer=3)),
+    "shared_bypass": (SharedBypass(keep_ratio=0.25), SharedBypass(keep_ratio=0.5)),
+    "shared_bypass_stride": (SharedBypass(keep_ratio=0.25, selector="stride"), SharedBypass(selector="stride")),
+    "mixture_of_depths": (MixtureOfDepths(), MixtureOfDepths(keep_ratio=0.3)),
+    "kv_injection_understanding": (KVInjection(), DENSE),
+    "kv_injection_generation": (DENSE, KVInjection()),
+    "kv_injection_both": (KVInjection(), KVInjection()),
+    "merge": (Merge(at_layer=1), DENSE),
+    "merge_and_injection": (Merge(at_layer=2, keep_ratio=0.7), KVInjection()),
+    "late_drop_and_gates": (LateDrop(after_layer=2), MixtureOfDepths()),
 }
 
 
+def plan(policy: str, strength: float = 1.0) -> RoutingPlan:
+    """A policy in full, or not at all: ``strength`` is 1 or 0."""
+    schedule = Schedule(10, 0.0, 0.0 if strength else 1.0)
+    return RoutingPlan(*POLICIES[policy], NUM_LAYERS, schedule)
+
+
 def costing(policy: str, strength: float = 1.0) -> Costing:
-    """A policy in full, or with a warm-up that has got to ``strength`` at step 0 (only 0 and 1 are used)."""
-    schedule = Schedule(10, 0.0, 0.0) if strength else Schedule(10, 0.0, 1.0)
-    return Costing(RoutingPlan(*POLICIES[policy], NUM_LAYERS, schedule), SHAPE)
+    return Costing(plan(policy, strength), SHAPE)
 
 
 def make_sample(rng: np.random.Generator, parts: list[tuple[str, int, int]], index: int) -> EncodedSample:
     """``parts`` are ("text" | "image", height, width) with an upper-case kind for a loss; text has height tokens."""
-    tokens, has_loss, tasks, spans = [int(rng.integers(VOCABULARY))], [False], [TEXT], []
+    # no token twice: equal tokens tie in every selector
+    fresh = rng.permutation(VOCABULARY).tolist()
+    tokens, has_loss, tasks, spans = [fresh.pop()], [False], [TEXT], []
     for kind, height, width in parts:
         loss = kind.isupper()
         if kind.lower() == "image":
@@ -42,11 +70,12 @@ def make_sample(rng: np.random.Generator, parts: list[tuple[str, int, int]], ind
             size, task = height * width + 2, GENERATION if loss else UNDERSTANDING
         else:
             size, task = height, UNDERSTANDING
-        tokens += rng.integers(VOCABULARY, size=size).tolist()
+        tokens += [fresh.pop() for _ in range(size)]
         has_loss += [loss] * size
         tasks += [task] * size
+    task = TEXT if not spans else GENERATION if any(span.has_loss for span in spans) else UNDERSTANDING
     return EncodedSample(
-        f"s{index}", Coordinates(0, 0, 0, index), np.array(tokens), np.array(has_loss), np.array(tasks), tuple(spans)
+        f"s{index}", Coordinates(0, 0, 0, index), np.array(tokens), np.array(has_loss), np.array(tasks), tuple(spans), task
     )
 
 
@@ -62,5 +91,5 @@ def make_samples(layout: list, seed: int = 0) -> list[EncodedSample]:
     return [make_sample(rng, parts, i) for i, parts in enumerate(layout)]
 
 
-def make_pack(layout: list, policy: str, seed: int = 0):
-    return build_pack(make_samples(layout, seed), costing(policy), num_sources=1, lane=0, step=0, seed=seed)
+def make_pack(layout: list, policy: str, seed: int = 0, strength: float = 1.0):
+    return build_pack(make_samples(layout, seed), costing(policy, strength), num_sources=1, lane=0, step=0, seed=seed)
