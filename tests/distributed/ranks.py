@@ -22,8 +22,10 @@ def run_ranks(world_size: int, function, *args, timeout_s: float = 120) -> list:
     """
     port = _free_port()
     queue = _context.Queue()
+    # pickled here and in the ranks: multiprocessing would share tensors through file descriptors, too many of them
+    call = pickle.dumps((function, args))
     processes = [
-        _context.Process(target=_rank, args=(queue, rank, world_size, port, function, args)) for rank in range(world_size)
+        _context.Process(target=_rank, args=(queue, rank, world_size, port, call)) for rank in range(world_size)
     ]
     for process in processes:
         process.start()
@@ -49,7 +51,7 @@ def run_ranks(world_size: int, function, *args, timeout_s: float = 120) -> list:
     return [pickle.loads(results[rank]) for rank in range(world_size)]
 
 
-def _rank(queue, rank: int, world_size: int, port: int, function, args) -> None:
+def _rank(queue, rank: int, world_size: int, port: int, call: bytes) -> None:
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -63,8 +65,8 @@ def _rank(queue, rank: int, world_size: int, port: int, function, args) -> None:
 
     torch.set_num_threads(1)
     try:
+        function, args = pickle.loads(call)
         result = function(distributed.start(timeout_s=60), *args)
-        # pickled here: a queue would share tensors through files that end with this process
         queue.put((rank, pickle.dumps(result), None))
     except BaseException:
         queue.put((rank, None, f"rank {rank}:\n{traceback.format_exc()}"))

@@ -39,6 +39,11 @@ def _watched(loader, record):
         yield packs, states
 
 
+def train_on_each(world, jobs: dict) -> dict:
+    """`train_on` for several (config, packs), one after another in the same processes."""
+    return {name: train_on(world, *job) for name, job in jobs.items()}
+
+
 def train_on(world, config, packs_of_steps: list) -> dict:
     """Train on given packs: ``packs_of_steps[step]`` are all packs of a step, dealt to ranks like lanes."""
     trainer = Trainer(config, world)
