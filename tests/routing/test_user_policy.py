@@ -1,0 +1,50 @@
+"""The example of docs/write-a-policy.md works as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megavlm import build
+from megavlm.errors import ConfigError
+
+PAGE = Path(__file__).parents[2] / "docs" / "write-a-policy.md"
+
+
+@pytest.fixture
+def module(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    assert len(code.splitlines()) < 40
+    path = tmp_path / "barrel.py"
+    path.write_text(code)
+    return str(path)
+
+
+def test_the_example_routes(module, make_packs):
+    overrides = {
+        "routing.modules": [module],
+        "routing.understanding": {"policy": "barrel", "keep_ratio": 0.25},
+        "routing.generation": {"policy": "dense"},
+        "optimizer.num_steps": 100,
+    }
+    (pack,), backbone = make_packs(overrides)
+    assert [(s.first_layer, s.end_layer) for s in pack.route.stages] == [(0, 1), (1, 3), (3, 4)]
+    assert pack.kept_tokens[0, 0] == pack.image_tokens[0] / 4
+    assert backbone(pack).sum().isfinite()
+
+
+def test_its_mistakes_are_reported_like_any_other(module, make_config):
+    wrong = {"routing.modules": [module], "routing.understanding": {"policy": "barrel", "keep_ratoi": 0.3}}
+    with pytest.raises(ConfigError, match="Did you mean routing.understanding.keep_ratio"):
+        make_config(wrong)
+
+
+def test_it_may_not_drop_what_the_model_draws(module, make_config):
+    config = make_config({"routing.modules": [module], "routing.generation": {"policy": "barrel"}})
+    with pytest.raises(ConfigError, match="barrel drops tokens before their loss"):
+        build.build_routing_plan(config, 4)
+
+
+def test_a_module_that_cannot_be_imported(make_config):
+    with pytest.raises(ConfigError, match="nothing_there.py cannot be imported"):
+        make_config({"routing.modules": ["nothing_there.py"]})
