@@ -48,7 +48,7 @@ def compare(run: str, num_packs: int = 8, repeats: int = 5):
             if repeat:
                 seconds[kind].append(_now(device) - begin)
     result = {
-        "flops_share": sum(pack.flops.sum() for pack in routed) / sum(pack.dense_flops for pack in routed),
+        "flops_share": sum(pack.flops.sum() for pack in routed) / sum(pack.dense_flops.sum() for pack in routed),
         "time_share": statistics.median(seconds["routed"]) / statistics.median(seconds["dense"]),
         "time_share_lowest_highest": [
             min(r / d for r, d in zip(seconds["routed"], seconds["dense"])),

@@ -41,8 +41,8 @@ class Pack:
     """Number of labelled rows per (source, task) ``[num_sources * len(TASKS)]``."""
     task_flops: np.ndarray
     """Forward FLOPs per stage, after routing, and of the output head, by the samples' task ``[num_stages + 1, len(TASKS)]``."""
-    dense_flops: float
-    """Forward FLOPs without a route, head included."""
+    dense_flops: np.ndarray
+    """Forward FLOPs without a route, head included, by the samples' task ``[len(TASKS)]``."""
     kept_tokens: np.ndarray
     """Active image tokens per stage for understanding and generation ``[num_stages, 2]``."""
     image_tokens: np.ndarray
@@ -172,7 +172,7 @@ def build_pack(
         groups_M=torch.from_numpy(groups),
         labels=np.bincount(groups, minlength=num_sources * len(TASKS)),
         task_flops=costs.T @ of_task,
-        dense_flops=sum(costing.dense_flops(layout) for layout in layouts),
+        dense_flops=np.array([costing.dense_flops(layout) for layout in layouts]) @ of_task,
         kept_tokens=np.stack([kept_sN[:, span_tasks == task].sum(1) for task in range(2)], axis=1),
         image_tokens=np.array([sum(span.length for span in spans if span.task == task) for task in range(2)]),
     )

@@ -29,7 +29,8 @@ class Meters:
         self.num_steps = 0
         self.loss_sums = torch.zeros(len(self.sources) * len(TASKS), device=self.world.device)
         self.labels = np.zeros(len(self.sources) * len(TASKS))
-        self.tokens = self.samples = self.flops = self.dense_flops = self.data_wait_s = 0.0
+        self.tokens = self.samples = self.data_wait_s = 0.0
+        self.flops, self.dense_flops = np.zeros(len(TASKS)), np.zeros(len(TASKS))
         self.kept = np.zeros((len(self.stages), 2))
         self.images = np.zeros(2)
         self.begin_s = time.perf_counter()
@@ -40,7 +41,7 @@ class Meters:
         self.labels += pack.labels
         self.tokens += pack.num_tokens
         self.samples += len(pack.keys)
-        self.flops += pack.flops.sum()
+        self.flops += pack.task_flops.sum(0)
         self.dense_flops += pack.dense_flops
         self.kept += pack.kept_tokens
         self.images += pack.image_tokens
@@ -52,25 +53,36 @@ class Meters:
     def report(self) -> dict[str, float]:
         """TensorBoard tag → value over all ranks since the last report. Called by all ranks together."""
         seconds = time.perf_counter() - self.begin_s
-        scalars = [self.tokens, self.samples, self.flops, self.dense_flops, self.data_wait_s]
-        parts = [self.loss_sums.double().cpu().numpy(), self.labels, self.kept.ravel(), self.images, scalars]
+        scalars = [self.tokens, self.samples, self.data_wait_s]
+        parts = [
+            self.loss_sums.double().cpu().numpy(),
+            self.labels,
+            self.kept.ravel(),
+            self.images,
+            self.flops,
+            self.dense_flops,
+            scalars,
+        ]
         # one gather for all: the largest rank's cost is needed as well as the sums
         ranks = np.stack(self.world.gather(np.concatenate([np.asarray(part, np.float64) for part in parts])))
-        flops_of_ranks = ranks[:, -3]
-        losses, labels, kept, images, scalars = np.split(ranks.sum(0), np.cumsum([len(np.ravel(p)) for p in parts])[:-1])
-        tokens, samples, flops, dense_flops, data_wait_s = scalars
+        ends = np.cumsum([len(part) for part in parts])
+        flops_of_ranks = ranks[:, ends[3] : ends[4]].sum(1)
+        losses, labels, kept, images, flops, dense_flops, scalars = np.split(ranks.sum(0), ends[:-1])
+        tokens, samples, data_wait_s = scalars
         losses, labels = (x.reshape(len(self.sources), len(TASKS)) for x in (losses, labels))
         values = {
             "time/step_s": seconds / self.num_steps,
             "time/data_wait_share": data_wait_s / (seconds * self.world.size),
             "throughput/tokens_per_s": tokens / seconds,
             "throughput/samples_per_s": samples / seconds,
-            "throughput/executed_tflops_per_s": (1 + BACKWARD_FACTOR) * flops / seconds / 1e12,
-            "throughput/dense_equivalent_tflops_per_s": (1 + BACKWARD_FACTOR) * dense_flops / seconds / 1e12,
-            "routing/flops_share": flops / dense_flops,
+            "throughput/executed_tflops_per_s": (1 + BACKWARD_FACTOR) * flops.sum() / seconds / 1e12,
+            "throughput/dense_equivalent_tflops_per_s": (1 + BACKWARD_FACTOR) * dense_flops.sum() / seconds / 1e12,
+            "routing/flops_share": flops.sum() / dense_flops.sum(),
             "balance/planned_max_over_mean": flops_of_ranks.max() / flops_of_ranks.mean(),
         }
         for t, task in enumerate(TASKS):
+            if dense_flops[t]:
+                values[f"routing/flops_share_of_{task}"] = flops[t] / dense_flops[t]
             if labels[:, t].sum():
                 values[f"loss/{task}"] = losses[:, t].sum() / labels[:, t].sum()
             for s, source in enumerate(self.sources):
