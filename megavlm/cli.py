@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 from megavlm.errors import ConfigError, MegavlmError
+from megavlm.run_commands import CheckpointCommands, RunCommands
 
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
 
@@ -40,7 +41,7 @@ class DataCommands:
         print(f"contact sheet: {out}")
 
 
-class Commands:
+class Commands(RunCommands):
     """Train unified vision-language models, spending fewer FLOPs on image tokens.
 
     A run is a recipe: a YAML file, or the name of one that ships with megavlm. Every setting of it can be changed on the
@@ -49,6 +50,7 @@ class Commands:
 
     def __init__(self):
         self.data = DataCommands()
+        self.checkpoint = CheckpointCommands()
 
     def train(self, recipe: str, **overrides):
         """Train a recipe, or go on with it if its run folder holds a checkpoint.
@@ -59,18 +61,11 @@ class Commands:
 
         Args:
             recipe: Path of a YAML file, or a name such as `digits`.
-            overrides: Settings to change: --run_dir=runs/mine --optimizer.learning_rate=1e-3
+            overrides: Settings to change: --run_dir=runs/mine --optimizer.learning_rate=1e-3 --init-from=runs/other
         """
-        from megavlm.config import load_config
+        from megavlm.engine.launch import train
 
-        config = load_config(recipe, overrides)
-        from megavlm.engine import distributed
-        from megavlm.engine.trainer import Trainer
-
-        world = distributed.start(config.engine.timeout_s)
-        logging.getLogger().setLevel(logging.INFO if world.is_main else logging.WARNING)
-        Trainer(config, world).run()
-        distributed.stop()
+        train(str(recipe), overrides)
 
     def evaluate(self, run: str, **overrides):
         """Judge the newest checkpoint of a run on held-out data; writes RUN/evaluation.json and RUN/drawings.png.

@@ -153,7 +153,28 @@ class EngineConfig(Settings):
     deepspeed: str = "zero3"
     """Name of a JSON file in `ds_configs/`, or a path. Batch sizes, precision and clipping are set by the recipe."""
     timeout_s: Positive = 600
-    """A collective that takes longer is an error instead of a hang."""
+    """A collective that takes longer is an error instead of a hang; until the first step is done."""
+    step_timeout_s: Positive = 300
+    """The same from then on. Drawings and reports between steps must fit in too."""
+    gc_every_steps: Positive = 100
+    """Python's garbage is collected at these steps, on all ranks together, and at no other time."""
+    stop_margin_s: Annotated[float, Field(ge=0)] = 20.0
+    """Before the job's time limit a run saves and ends; so long before it needs to, going by earlier saves and steps."""
+
+
+class FaultConfig(Settings):
+    """Bad steps and hanging ones."""
+
+    spike_sigmas: Annotated[float, Field(gt=0)] = 6.0
+    """A step is skipped if its loss or gradient norm lies so many standard deviations above the mean of the window."""
+    spike_window_steps: Annotated[int, Field(ge=2)] = 128
+    """Accepted steps that mean and deviation are taken over; nothing is a spike until there are so many."""
+    max_skipped_in_a_row: Positive = 10
+    """The run ends when so many steps in a row were skipped."""
+    step_budget_s: Positive = 1800
+    """The watchdog ends a step that takes longer, with the stacks of all ranks; until the first step is done."""
+    steady_step_budget_factor: Annotated[float, Field(gt=1)] = 20.0
+    """From then on the budget is this many times the slowest of the last steps, but at least a minute and at most `step_budget_s`."""
 
 
 class CheckpointConfig(Settings):
@@ -161,8 +182,18 @@ class CheckpointConfig(Settings):
 
     every_steps: Positive = 500
     """Steps between checkpoints."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory; otherwise training waits."""
     keep_last: Positive = 2
-    """Older ones are removed."""
+    """The newest so many stay."""
+    keep_every_steps: Positive | None = None
+    """Checkpoints at multiples of this stay for ever."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """The best so many by `best_metric` stay as well."""
+    best_metric: str = "loss/generation"
+    """TensorBoard tag, as reported last before the save."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether small or large is good."""
 
 
 class MonitorConfig(Settings):
@@ -202,6 +233,9 @@ class RunConfig(Settings):
     """Folder for everything that the run writes."""
     seed: int = Field(default=0, ge=0)
     """Of weights, data order, routing and drawing."""
+    init_from: str | None = None
+    """Begin with the weights of another run (its folder, or one of its checkpoints) or of an exported folder. Only weights: the
+    optimizer, the schedule and the data begin anew. Without effect once the run has a checkpoint of its own."""
     model: ModelConfig
     vocabulary: VocabularyConfig
     data: DataConfig
@@ -209,6 +243,7 @@ class RunConfig(Settings):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig
     engine: EngineConfig = EngineConfig()
+    faults: FaultConfig = FaultConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -1,163 +1,291 @@
-"""Checkpoints: sharded, written by all ranks, complete or invisible, loadable at any world size that divides the lanes.
+"""Checkpoints: sharded, written by all ranks while training goes on, complete or invisible, loadable at any world size that
+divides the lanes.
 
-    checkpoints/step-00000500/
-        manifest.json   step, world size, size and SHA-256 of every other file; its presence marks a complete checkpoint
-        state.json      optimizer steps, and the state of every data lane
-        tensors/        torch.distributed.checkpoint: per parameter its float32 value and both Adam moments
+    checkpoints/
+        owner.json          which start of the run may write here
+        step-00000500/
+            manifest.json   step, world size, metrics, size and SHA-256 of every other file; its presence marks a complete checkpoint
+            state.json      steps of every parameter group, state of every data lane, loss statistics, totals
+            tensors/        torch.distributed.checkpoint: see `megavlm.engine.shards`
 
-Every parameter is stored flat, sharded by ZeRO-3's own rule (ceil(numel / world size) elements per rank), which is also the rule of a
-DTensor with ``Shard(0)``; that is what lets another world size read it. A checkpoint is written under a temporary
-name, synced to disk, and renamed last.
+``save`` copies the shards to host memory, which is the only thing that training waits for, and leaves the rest to a thread: every rank
+writes its own file under a temporary name, it is synced to the disk and hashed, and rank 0 renames the folder last. The thread
+talks over a process group of its own.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
-from megavlm.engine.distributed import World
+from megavlm.engine import manifest
+from megavlm.engine.distributed import World, new_host_group
+from megavlm.engine.manifest import Retention, complete_checkpoints, verify
+from megavlm.engine.ownership import Ownership, Superseded
+from megavlm.engine.shards import Staging, group_steps, install, set_group_steps
 from megavlm.errors import MegavlmError
 
 log = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+WRITING_TIMEOUT_S = 3600
+"""A file system that does not answer for so long is given up."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The outcome of a save, the same on all ranks (the times are this rank's)."""
+
+    step: int
+    path: Path | None
+    """None if it failed."""
+    error: str
+    stall_s: float
+    """How long training waited."""
+    seconds: float
+    """From the call to the rename."""
+    num_bytes: int
+    """Of all files."""
 
 
 class Checkpointer:
-    """Saves and restores the whole state of a run.
+    """Saves and restores the whole state of a run. Made by all ranks together.
 
     Args:
         folder: Where checkpoints live.
         world: The processes.
-        keep_last: Complete checkpoints that stay.
+        retention: Which ones stay.
+        background: Write while training goes on; otherwise ``save`` returns when the checkpoint is complete.
+
+    Raises:
+        Superseded: If a newer start of the same job owns the folder.
     """
 
-    def __init__(self, folder: Path, world: World, keep_last: int):
-        self.folder, self.world, self.keep_last = folder, world, keep_last
-        self._mesh = init_device_mesh(world.device.type, (world.size,))
+    def __init__(self, folder: Path, world: World, retention: Retention, background: bool = True):
+        self.folder, self.world, self.retention, self.background = folder, world, retention, background
+        self._owner: Ownership | None = None
+        self._group = new_host_group(WRITING_TIMEOUT_S)
+        self._main_group = new_host_group(WRITING_TIMEOUT_S)
+        refusal = ""
+        if world.is_main:
+            try:
+                self._owner = Ownership(folder)
+                manifest.remove_leftovers(folder)
+            except Superseded as error:
+                refusal = str(error)
+        if refusal := self._gather(refusal, self._main_group)[0]:
+            raise Superseded(refusal)
+        # a mesh on the CPU, whatever the GPUs talk with: only host memory is ever written
+        self._staging = Staging(world.rank, init_device_mesh("cpu", (world.size,)))
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+        self._seconds: list[float] = []
+        self.last_step: int | None = None
 
-    def save(self, step: int, engine, lanes: dict[int, Any]) -> Path:
-        """Write a checkpoint of the state after ``step`` optimizer steps. Called by all ranks together.
+    @property
+    def expected_s(self) -> float:
+        """How long a save takes, going by the last three; 0 before the first."""
+        return max(self._seconds[-3:], default=0.0)
+
+    def save(
+        self,
+        step: int,
+        engine,
+        lanes: dict[int, Any],
+        shared: dict | None = None,
+        metrics: dict | None = None,
+        of_rank: Any = None,
+    ) -> float:
+        """Begin a checkpoint of the state after ``step`` optimizer steps. Called by all ranks together.
 
         Args:
             step: Steps done.
             engine: The DeepSpeed engine.
             lanes: State of each of this rank's data lanes.
-        """
-        final = self.folder / f"step-{step:08d}"
-        temporary = self.folder / f".writing-step-{step:08d}"
-        if self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.world.barrier()
-        writer = dcp.FileSystemWriter(temporary / "tensors", sync_files=True)
-        dcp.save(self._tensors(engine), storage_writer=writer)
-        all_lanes = {str(lane): state for states in self.world.gather(lanes) for lane, state in states.items()}
-        if self.world.is_main:
-            state = {"step": step, "optimizer_steps": _optimizer_steps(engine), "lanes": all_lanes}
-            _write_synced(temporary / "state.json", json.dumps(state))
-        self.world.barrier()
-        mine = sorted(p for p in temporary.rglob("*") if p.is_file())[self.world.rank :: self.world.size]
-        described = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in mine}
-        files = {name: entry for part in self.world.gather(described) for name, entry in part.items()}
-        if self.world.is_main:
-            manifest = {"format": 1, "step": step, "world_size": self.world.size, "files": dict(sorted(files.items()))}
-            _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1))
-            _sync_folder(temporary / "tensors")
-            _sync_folder(temporary)
-            temporary.rename(final)
-            _sync_folder(self.folder)
-            for old in complete_checkpoints(self.folder)[: -self.keep_last]:
-                shutil.rmtree(old)
-        self.world.barrier()
-        return final
-
-    def restore(self, path: Path, engine) -> dict[str, Any]:
-        """Put a checkpoint into the engine. Called by all ranks together.
+            shared: What else must be there when the run goes on; rank 0's is kept.
+            metrics: TensorBoard tag → value, for the retention rule; rank 0's are kept.
+            of_rank: Of each rank; comes back as the list ``ranks``.
 
         Returns:
-            ``{"step": …, "optimizer_steps": …, "lanes": {"0": state, …}}``.
+            Seconds that training waited, the end of the save before this one included.
+        """
+        begin = time.perf_counter()
+        if step == self.last_step:  # this very state is on the disk, or being written
+            return 0.0
+        self.wait()
+        tensors, steps = self._staging.copy_from(engine), group_steps(engine)
+        stall_s = time.perf_counter() - begin
+        self.last_step = step
+        state = {"step": step, "group_steps": steps, **(shared or {})}
+        self._pending = self._writer.submit(self._write, tensors, state, (lanes, of_rank), metrics or {}, begin, stall_s)
+        if not self.background:
+            wait = self.wait()
+            return wait.seconds if wait else 0.0
+        return stall_s
+
+    def finished(self) -> Saved | None:
+        """The outcome of a save that has ended since the last call; None if there is none.
 
         Raises:
-            MegavlmError: If a file is missing or differs from the manifest.
+            Superseded: If a newer start of the run has taken over.
         """
-        problems = self.world.gather(verify(path) if self.world.is_main else [])[0]
-        if problems:
-            raise MegavlmError(
-                f"checkpoint {path} is damaged: {'; '.join(problems)}\n  do:    remove it; the one before it is used then"
+        return self.wait() if self._pending is not None and self._pending.done() else None
+
+    def wait(self) -> Saved | None:
+        """Wait for the save that is under way, report its outcome and return it; None if there is none."""
+        if self._pending is None:
+            return None
+        saved, self._pending = self._pending.result(), None
+        if saved.error:
+            self.last_step = None
+            log.error(
+                "the checkpoint of step %d could not be written: %s\n  the newest complete one is %s\n"
+                "  do:    make room or mend the file system; the run goes on and tries again at the next save",
+                saved.step,
+                saved.error,
+                next((path.name for path in reversed(complete_checkpoints(self.folder))), "none"),
             )
-        state = json.loads((path / "state.json").read_text())
-        _prepare_optimizer_state(engine, state["optimizer_steps"])
-        tensors = self._tensors(engine)
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "tensors"))
-        for name, parameter in engine.module.named_parameters():
-            # the padding of the last partition is not stored; it takes no part in anything
-            value = _padded(tensors[f"value/{name}"].to_local(), parameter)
-            if not parameter.requires_grad:
-                parameter.ds_tensor.data.copy_(value)
+        else:
+            self._seconds.append(saved.seconds)
+            log.info(
+                "checkpoint %s: %.1f MB in %.2f s, training waited %.3f s",
+                saved.path,
+                saved.num_bytes / 1e6,
+                saved.seconds,
+                saved.stall_s,
+            )
+        return saved
+
+    def restore_newest(self, engine) -> dict[str, Any] | None:
+        """Put the newest intact checkpoint into the engine; None if there is no checkpoint. Called by all ranks together.
+
+        A damaged one is named in the log and set aside as ``damaged-step-…``.
+
+        Raises:
+            MegavlmError: If there are checkpoints, but none is intact.
+        """
+        damaged = []
+        for path in reversed(self._gather(complete_checkpoints(self.folder), self._main_group)[0]):
+            if problems := self._problems(path):
+                damaged.append(f"{path}: {'; '.join(problems)}")
+                log.error("checkpoint %s is damaged and not taken: %s", path, "; ".join(problems))
+                if self.world.is_main:
+                    path.rename(path.with_name(f"damaged-{path.name}-{self._owner.token}"))
                 continue
-            safe_set_local_fp32_param(parameter, value)
-            for moment in MOMENTS:
-                safe_set_local_optimizer_state(
-                    parameter, _padded(tensors[f"{moment}/{name}"].to_local(), parameter), moment
-                )
-        _refresh_working_precision(engine)
+            return self.restore(path, engine)
+        if damaged:
+            raise MegavlmError(
+                "every checkpoint of this run is damaged:\n  " + "\n  ".join(damaged) + "\n"
+                "  do:    bring one back from a copy; or remove the folder to begin at step 0"
+            )
+        return None
+
+    def restore(self, path: Path, engine) -> dict[str, Any]:
+        """Put a checkpoint that is known to be intact into the engine. Called by all ranks together.
+
+        Returns:
+            ``{"step": …, "group_steps": {…}, "lanes": {"0": state, …}, …}``, with what ``save`` got as ``shared``.
+        """
+        state = json.loads((path / "state.json").read_text())
+        set_group_steps(engine, state["group_steps"])
+        tensors = self._staging.empty_like(engine)
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "tensors"), process_group=self._main_group)
+        install(tensors, engine)
+        self._seconds = [manifest.read_manifest(path)["seconds"]]
+        self.last_step = state["step"]
         return state
 
-    def _tensors(self, engine) -> dict[str, DTensor]:
-        tensors = {}
-        for name, parameter in engine.module.named_parameters():
-            trained = parameter.requires_grad
-            value = safe_get_local_fp32_param(parameter) if trained else parameter.ds_tensor
-            tensors[f"value/{name}"] = self._sharded(value, parameter)
-            for moment in MOMENTS if trained else ():
-                moment_part = safe_get_local_optimizer_state(parameter, moment)
-                tensors[f"{moment}/{name}"] = self._sharded(moment_part, parameter)
-        return tensors
+    def close(self) -> Saved | None:
+        """Wait for the last save."""
+        saved = self.wait()
+        self._writer.shutdown()
+        return saved
 
-    def _sharded(self, partition: torch.Tensor, parameter: nn.Parameter) -> DTensor:
-        begin = self.world.rank * parameter.ds_tensor.numel()
-        size = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - begin))
-        local = partition.detach().flatten()[:size].clone()
-        return DTensor.from_local(
-            local, self._mesh, [Shard(0)], run_check=False, shape=torch.Size([parameter.ds_numel]), stride=(1,)
-        )
+    def _problems(self, path: Path) -> list[str]:
+        parts = self._gather(verify(path, self.world.rank, self.world.size), self._main_group)
+        return sorted({problem for part in parts for problem in part})
 
+    def _write(self, tensors, state: dict, of_rank: tuple, metrics: dict, begin: float, stall_s: float) -> Saved:
+        """What the thread does, on all ranks."""
+        step = state["step"]
+        try:
+            path, num_bytes = self._write_files(tensors, state, of_rank, metrics, begin)
+        except Superseded:
+            raise
+        except Exception as error:  # whatever it was, the run goes on
+            return Saved(step, None, _in_short(error), stall_s, time.perf_counter() - begin, 0)
+        return Saved(step, path, "", stall_s, time.perf_counter() - begin, num_bytes)
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """All complete checkpoints of a run, oldest first. What is latest is found by looking, never trusted to a pointer."""
-    return sorted(manifest.parent for manifest in folder.glob("step-*/manifest.json"))
+    def _write_files(self, tensors, state: dict, of_rank: tuple, metrics: dict, begin: float) -> tuple[Path, int]:
+        step = state["step"]
+        final = self.folder / manifest.folder_name(step)
+        token = self._gather(self._owner.token if self._owner else "", self._group)[0]
+        temporary = self.folder / f".writing-{final.name}-{token}"
+        try:
+            self._together(lambda: temporary.mkdir(parents=True) if self._owner else None)
+            writer = dcp.FileSystemWriter(temporary / "tensors", sync_files=True)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+            of_ranks = self._gather(of_rank, self._group)
+            state["lanes"] = {str(lane): lane_state for lanes, _ in of_ranks for lane, lane_state in lanes.items()}
+            state["ranks"] = [other for _, other in of_ranks]
+            text = json.dumps(state)
+            self._together(lambda: manifest.write_synced(temporary / "state.json", text) if self._owner else None)
+            parts = self._together(lambda: self._describe(temporary))
+            files = {name: entry for part in parts for name, entry in part.items()}
+            self._together(lambda: self._complete(temporary, final, step, files, metrics, begin) if self._owner else None)
+            return final, sum(entry["bytes"] for entry in files.values())
+        except BaseException:
+            if self._owner:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
+    def _describe(self, temporary: Path) -> dict[str, dict]:
+        mine = sorted(p for p in temporary.rglob("*") if p.is_file())[self.world.rank :: self.world.size]
+        return {
+            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": manifest.sha256(p)} for p in mine
+        }
 
-def verify(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line per file; empty if nothing is."""
-    files = json.loads((path / "manifest.json").read_text())["files"]
-    problems = []
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}")
-        elif _sha256(file) != entry["sha256"]:
-            problems.append(f"{name} has another SHA-256 than when it was written")
-    return problems
+    def _complete(self, temporary: Path, final: Path, step: int, files: dict, metrics: dict, begin: float) -> None:
+        """Rank 0's last act: manifest, rename, retention."""
+        content = {"format": 2, "step": step, "world_size": self.world.size, "metrics": metrics}
+        content |= {"seconds": round(time.perf_counter() - begin, 3), "files": dict(sorted(files.items()))}
+        content["sha256"] = manifest.digest_of_manifest(content)
+        manifest.write_synced(temporary / "manifest.json", json.dumps(content, indent=1))
+        manifest.sync_folder(temporary / "tensors")
+        manifest.sync_folder(temporary)
+        self._owner.check()
+        if final.exists():  # of an earlier life of this run, which went on from an older checkpoint
+            manifest.remove(final)
+        temporary.rename(final)
+        manifest.sync_folder(self.folder)
+        for old in self.retention.doomed(complete_checkpoints(self.folder)):
+            manifest.remove(old)
+
+    def _together(self, function) -> list:
+        """What ``function`` returned on each rank; if it raised on one, all ranks raise."""
+        failure = result = None
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+        outcomes = self._gather((result, failure), self._group)
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [result for result, _ in outcomes]
+
+    def _gather(self, value, group) -> list:
+        values = [None] * self.world.size
+        distributed.all_gather_object(values, value, group=group)
+        return values
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
@@ -177,49 +305,9 @@ def load_weights(path: Path, module: nn.Module) -> None:
             parameter.copy_(flat[f"value/{name}"].view(parameter.shape))
 
 
-def _optimizer_steps(engine) -> int:
-    zero = engine.optimizer
-    return int(zero.optimizer.state[zero.fp32_partitioned_groups_flat[0]]["step"])
-
-
-def _prepare_optimizer_state(engine, steps: int) -> None:
-    """Adam creates its state in its first step; a fresh engine has none to load into."""
-    zero = engine.optimizer
-    for flat in zero.fp32_partitioned_groups_flat:
-        zero.optimizer.state[flat] = {
-            "step": torch.tensor(float(steps)),
-            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-        }
-
-
-def _refresh_working_precision(engine) -> None:
-    """Copy the float32 masters into the partitions that the forward pass reads."""
-    zero = engine.optimizer
-    for working, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat):
-        working.data.copy_(master.data)
-    # small parameters are kept whole on every rank: give them up, then gather the new values
-    if zero.persistent_parameters:
-        zero.persistent_parameters[0].partition(zero.persistent_parameters)
-        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-
-
-def _padded(local: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    return nn.functional.pad(local, (0, parameter.ds_tensor.numel() - local.numel()))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _in_short(error: Exception) -> str:
+    """The innermost cause: torch wraps what happened on the ranks into tracebacks."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {error}"

@@ -104,6 +104,17 @@ def start(timeout_s: int) -> World:
     return World(int(place["RANK"]), int(place["WORLD_SIZE"]), local_rank, device)
 
 
+def new_host_group(timeout_s: float) -> distributed.ProcessGroup:
+    """All processes, talking over gloo from host memory: nothing in it waits for a GPU. Called by all ranks together."""
+    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def set_timeout(timeout_s: float) -> None:
+    """From now on a collective of the default process group may take only so long."""
+    # torch has no public name for this; torchtitan uses the same one
+    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), distributed.group.WORLD)
+
+
 def _free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

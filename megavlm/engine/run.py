@@ -4,6 +4,11 @@
     text.model        its SentencePiece model      samples/          drawings made on the way, PNG
     log.txt           what was printed             tensorboard/      tensorboard --logdir
     evaluation.json   written by `megavlm evaluate`, with drawings.png
+    status.json       where it stands              exit_code         how it ended; not there while it runs
+    stragglers.txt    times per rank               forensics/        skipped steps
+    hangs/            stacks of hung steps         environment.json  versions, hardware, command; of every start
+    save, stop        touch them: the run saves, or saves and ends
+    slurm/            sbatch scripts that `megavlm submit` rendered, and what the jobs printed
 """
 
 import logging
@@ -13,7 +18,7 @@ from typing import Any
 
 from megavlm.build import with_mixture
 from megavlm.config import RunConfig, load_config, save_config
-from megavlm.engine.checkpoint import complete_checkpoints
+from megavlm.engine.manifest import complete_checkpoints
 from megavlm.engine.distributed import World
 from megavlm.errors import ConfigError, MegavlmError
 
@@ -39,6 +44,12 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.log_file = self.path / "log.txt"
         self.evaluation = self.path / "evaluation.json"
+        self.status = self.path / "status.json"
+        self.exit_code = self.path / "exit_code"
+        self.stragglers = self.path / "stragglers.txt"
+        self.forensics = self.path / "forensics"
+        self.hangs = self.path / "hangs"
+        self.environment = self.path / "environment.json"
 
     def prepare(self, config: RunConfig, world: World) -> RunConfig:
         """Resolve the configuration, compare it with the folder's and keep it there. Called by all ranks together.
@@ -52,8 +63,10 @@ class RunFolder:
             if self.config_file.exists():
                 config = self._adopt(config)
             config = with_mixture(config)
-            shutil.copyfile(config.vocabulary.text_model, self.text_model)
+            if Path(config.vocabulary.text_model).resolve() != self.text_model.resolve():
+                shutil.copyfile(config.vocabulary.text_model, self.text_model)
             save_config(config, self.config_file)
+            self.exit_code.unlink(missing_ok=True)
         return world.gather(config if world.is_main else None)[0]
 
     def _adopt(self, config: RunConfig) -> RunConfig:
@@ -79,16 +92,18 @@ class RunFolder:
         return config.model_copy(update={"data": config.data.model_copy(update={"mixture": before.data.mixture})})
 
     def load(self, overrides: dict[str, Any] | None = None) -> tuple[RunConfig, Path]:
-        """The configuration of a run, with its own copy of the text model, and its newest checkpoint."""
-        if not self.config_file.is_file():
-            raise MegavlmError(f"{self.path} is not a run folder: it has no config.yaml\n  do:    train a recipe first")
+        """The configuration of a run and its newest checkpoint."""
+        config = self.load_config(overrides)
         checkpoints = complete_checkpoints(self.checkpoints)
         if not checkpoints:
             raise MegavlmError(f"{self.path} has no complete checkpoint\n  do:    let the run reach its first checkpoint")
-        config = load_config(
-            str(self.config_file), {"vocabulary.text_model": str(self.text_model)} | (overrides or {})
-        )
         return config, checkpoints[-1]
+
+    def load_config(self, overrides: dict[str, Any] | None = None) -> RunConfig:
+        """The configuration of a run, with its own copy of the text model."""
+        if not self.config_file.is_file():
+            raise MegavlmError(f"{self.path} is not a run folder: it has no config.yaml\n  do:    train a recipe first")
+        return load_config(str(self.config_file), {"vocabulary.text_model": str(self.text_model)} | (overrides or {}))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,31 +1,45 @@
 """The training loop: fetch the step's packs, normalise, forward and backward per pack, step, report.
 
 The loss of a step is ``sum over tasks of weight * (sum of cross-entropy / number of labelled tokens)``, both sums over all
-packs of the step on all ranks, plus the auxiliary loss of learned gates per image token. The numbers are known from the packs before the first forward pass, so the gradient does not depend
-on how packs are split over ranks and micro-batches (P8).
+packs of the step on all ranks, plus the auxiliary loss of learned gates per image token. The numbers are known from the packs before
+the first forward pass, so the gradient does not depend on how packs are split over ranks and micro-batches (P8).
+
+Before every micro-batch the ranks agree whether to go on (`megavlm.engine.agreement`). A step that is given up half-way has changed nothing:
+the checkpoint written then is that of the step before.
 """
 
-import json
+import gc
 import logging
 import time
+from functools import partial
 
-import deepspeed
 import numpy as np
 import torch
+from torch import distributed
 from torch.utils.tensorboard import SummaryWriter
 
 from megavlm import build
-from megavlm.config import RunConfig, find_resource
+from megavlm.config import RunConfig
 from megavlm.data.loader import Loader, lanes_of
 from megavlm.data.sample import TASKS
-from megavlm.engine.checkpoint import Checkpointer, complete_checkpoints
-from megavlm.engine.distributed import World
+from megavlm.engine.agreement import Wishes
+from megavlm.engine.checkpoint import Checkpointer
+from megavlm.engine.distributed import World, set_timeout
+from megavlm.engine.exits import Exit, RunEnded
+from megavlm.engine.forensics import describe_packs, write_report
+from megavlm.engine.guard import Guard
+from megavlm.engine.initial import load_initial_weights
+from megavlm.engine.manifest import Retention
 from megavlm.engine.run import RunFolder
 from megavlm.engine.schedule import learning_rate
-from megavlm.errors import MegavlmError
+from megavlm.engine.signals import REASONS, Wish, end_time_of_job
+from megavlm.engine.watchdog import Watchdog
+from megavlm.engine.zero import forget_gradients, gradient_norm, start_engine
 from megavlm.evaluation.sampling import draw_images
 from megavlm.monitor.metrics import Meters
 from megavlm.monitor.pictures import save_grid
+from megavlm.monitor.status import write_status
+from megavlm.monitor.stragglers import Stragglers
 from megavlm.randomness import Purpose, integer_seed
 
 log = logging.getLogger(__name__)
@@ -34,7 +48,7 @@ log = logging.getLogger(__name__)
 class Trainer:
     """A run: everything it needs, made from its configuration; ``run`` trains to the end.
 
-    Called by all ranks together. Goes on from the newest complete checkpoint in the run folder, if there is one.
+    Called by all ranks together. Goes on from the newest intact checkpoint in the run folder, if there is one.
 
     Args:
         config: The recipe.
@@ -46,57 +60,99 @@ class Trainer:
         lanes = lanes_of(world.rank, world.size, config.data.num_lanes)
         self.folder = RunFolder(config.run_dir)
         self.config = config = self.folder.prepare(config, world)
+        faults = config.faults
+        self.watchdog = Watchdog(
+            self.folder.hangs, world.rank, world.size, faults.step_budget_s, faults.steady_step_budget_factor
+        )
         self.encoder = build.build_encoder(config, unconditional_ratio=0.0)
         # the same weights on every rank: DeepSpeed keeps rank 0's, but a frozen seed costs nothing
         torch.manual_seed(config.seed)
         causal_lm = build.build_causal_lm(config, self.encoder.vocabulary)
         self.plan = build.build_routing_plan(config, causal_lm.config.num_hidden_layers)
-        self.engine = _start_engine(build.build_backbone(config, causal_lm), config, world)
-        self.checkpointer = Checkpointer(self.folder.checkpoints, world, config.checkpoint.keep_last)
-        self.step, states = 0, {}
-        if existing := world.gather(complete_checkpoints(self.folder.checkpoints))[0]:
-            state = self.checkpointer.restore(existing[-1], self.engine)
-            self.step, states = state["step"], {lane: state["lanes"][str(lane)] for lane in lanes}
-            log.info("resuming after step %d from %s", self.step, existing[-1])
+        rule = config.checkpoint
+        retention = Retention(rule.keep_last, rule.keep_every_steps, rule.keep_best, rule.best_metric, rule.best_mode)
+        self.checkpointer = Checkpointer(self.folder.checkpoints, world, retention, rule.background)
+        if config.init_from and not any(world.gather(list(self.folder.checkpoints.glob("step-*")))):
+            load_initial_weights(config.init_from, causal_lm)
+        self.guard = Guard(faults, world.device)
+        self.engine = start_engine(build.build_backbone(config, causal_lm), config, world, self.guard)
+        self.meters = Meters(world, list(config.data.sources), self.plan.bounds)
+        self.stragglers = Stragglers(world, self.folder.stragglers)
+        self.step, self.states = 0, {}
+        if state := self.checkpointer.restore_newest(self.engine):
+            self.step, self.states = state["step"], {lane: state["lanes"][str(lane)] for lane in lanes}
+            self.guard.load_state(state["guard"])
+            self.meters.load_state(state["ranks"], state["totals"])
+            log.info("resuming after step %d from %s", self.step, self.folder.checkpoints)
         data = config.data
         self.loader = Loader(
-            build.LaneFactory(config), lanes, states, data.num_workers, data.prefetch_packs, world.device.type == "cuda"
+            build.LaneFactory(config),
+            lanes,
+            self.states,
+            data.num_workers,
+            data.prefetch_packs,
+            world.device.type == "cuda",
         )
-        self.states = states
-        self.meters = Meters(world, list(data.sources), self.plan.bounds)
         weights = config.loss.task_weights
         self.loss_weights = torch.tensor(
             [*(weights.get(task, 1.0) for task in TASKS), config.loss.gate_weight], device=world.device
         )
         self.writer = SummaryWriter(self.folder.tensorboard, purge_step=self.step + 1) if world.is_main else None
+        self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job())
+        self._reported: dict[str, float] = {}
 
     def run(self) -> None:
-        """Train until the last step."""
-        config, num_steps = self.config, self.config.optimizer.num_steps
-        if self.world.is_main:
+        """Train until the last step.
+
+        Raises:
+            RunEnded: If the run is to end before, with the state saved.
+        """
+        config, num_steps, world = self.config, self.config.optimizer.num_steps, self.world
+        if world.is_main:
             log.info(self._description())
-        begin = time.perf_counter()
+        self._write_status("running")
+        begin, first = time.perf_counter(), self.step
+        # collected at the same steps on all ranks: one that pauses alone holds up all others
+        gc.disable()
         for step in range(self.step, num_steps):
-            gradient_norm = self.train_step(step)
+            self.watchdog.begin_step(step)
+            norm = self.train_step(step)
+            if norm is None:
+                self._save_and_end()
             self.step = step + 1
+            self.watchdog.enter("report")
+            self._handle_skipped(self.guard.settle(keep=0 if self.step == num_steps else 1))
             if self.step % config.monitor.log_every_steps == 0 or self.step == num_steps:
-                self._report(step, gradient_norm)
+                self._report(step, float(norm))
             every = config.monitor.sample_every_steps
             if every and (self.step % every == 0 or self.step == num_steps):
+                self.watchdog.enter("draw")
                 self._draw()
-            if self.step % config.checkpoint.every_steps == 0 or self.step == num_steps:
-                path = self.checkpointer.save(self.step, self.engine, self.states)
-                log.info("checkpoint %s", path)
-        if self.writer:
-            self.writer.close()
-            log.info("done: %d steps, %.0f s in this session", num_steps, time.perf_counter() - begin)
+            self.watchdog.enter("save")
+            wish = self.wishes.agree(step_ends=True)
+            if self.step % config.checkpoint.every_steps == 0 or self.step == num_steps or wish == Wish.SAVE:
+                self.save()
+            self.checkpointer.finished()
+            if self.step % config.engine.gc_every_steps == 0:
+                gc.collect()
+            if step == first:
+                gc.freeze()
+                set_timeout(config.engine.step_timeout_s)
+            self.watchdog.end_step()
+        self._finish()
+        log.info("done: %d steps, %.0f s in this session", num_steps, time.perf_counter() - begin)
 
-    def train_step(self, step: int) -> float:
-        """One optimizer step on the next packs of this rank's lanes; returns the gradient norm before clipping."""
+    def train_step(self, step: int) -> torch.Tensor | None:
+        """One optimizer step on the next packs of this rank's lanes.
+
+        Returns:
+            The gradient norm before clipping, on the device; None if the ranks agreed to stop before the step was complete.
+        """
         config, engine = self.config, self.engine
         begin = time.perf_counter()
-        packs, self.states = next(self.loader)
-        self.meters.add_step(time.perf_counter() - begin)
+        packs, states = next(self.loader)
+        data_wait_s = time.perf_counter() - begin
+        self.meters.add_step(data_wait_s)
         factor_G = self._loss_factors(packs)
         settings = config.optimizer
         lr = learning_rate(
@@ -105,15 +161,97 @@ class Trainer:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         self.learning_rate = lr
-        for pack in packs:
+        step_loss = torch.zeros((), device=self.world.device)
+        begin_cpu_s = time.thread_time()
+        for number, pack in enumerate(packs):
+            if self.wishes.agree(step_ends=False) > Wish.SAVE:
+                return None
             # dropout and the like depend on the pack, not on which rank has it
             torch.manual_seed(integer_seed(config.seed, Purpose.MODULES, pack.step, pack.lane))
+            self.watchdog.enter("forward")
             loss_sums_G = engine(pack.to(self.world.device))
             self.meters.add_pack(pack, loss_sums_G[:-1])
-            engine.backward((loss_sums_G * factor_G).sum(), scale_wrt_gas=False)
+            loss = (loss_sums_G * factor_G).sum()
+            step_loss += loss.detach()
+            self.watchdog.enter("backward")
+            engine.backward(loss, scale_wrt_gas=False)
+            if number == len(packs) - 1:
+                self.watchdog.enter("optimizer")
+                distributed.all_reduce(step_loss)
+                self.guard.expect(step_loss / self.world.size, partial(gradient_norm, engine))
             engine.step()
         forget_gradients(engine)
-        return float(engine.get_global_grad_norm())
+        self.guard.end_step(step, (lr, describe_packs(packs, self.states)))
+        self.states = states
+        flops = float(sum(pack.flops.sum() for pack in packs))
+        self.stragglers.add_step(flops, data_wait_s, time.thread_time() - begin_cpu_s)
+        return gradient_norm(engine)
+
+    def save(self) -> None:
+        """Begin a checkpoint of the current state."""
+        self._handle_skipped(self.guard.settle(keep=0))
+        shared = {"guard": self.guard.state(), "totals": self.meters.totals}
+        stall_s = self.checkpointer.save(
+            self.step, self.engine, self.states, shared, metrics=self._reported, of_rank=self.meters.state()
+        )
+        if self.writer:
+            self.writer.add_scalar("checkpoint/stall_s", stall_s, self.step)
+
+    def _save_and_end(self) -> None:
+        """Save what there is and leave: the last word of a run that was told to stop."""
+        wish = self.wishes.agree(step_ends=False)
+        left = "" if self.wishes.left_s is None else f", {self.wishes.left_s:.0f} s are left"
+        log.info(
+            "%s: saving step %d, which takes about %.0f s%s", REASONS[wish], self.step, self.checkpointer.expected_s, left
+        )
+        self.watchdog.enter("last save")
+        if self.step:
+            self.save()
+        code = Exit.INTERRUPTED if wish == Wish.INTERRUPT else Exit.STOPPED
+        self._write_status("saving")
+        self.checkpointer.close()
+        self._close()
+        raise RunEnded(code, f"{REASONS[wish]}: ended after step {self.step} of {self.config.optimizer.num_steps}")
+
+    def _finish(self) -> None:
+        saved = self.checkpointer.close()
+        if saved and saved.error:
+            raise OSError(f"the last checkpoint could not be written: {saved.error}")
+        self._write_status("done")
+        self._close()
+
+    def _close(self) -> None:
+        gc.enable()
+        self.watchdog.stop()
+        if self.writer:
+            self.writer.close()
+
+    def _handle_skipped(self, skipped: list) -> None:
+        """Tell, keep the packs' names, and end the run when there are too many in a row. The same on all ranks."""
+        for bad in skipped:
+            lr, packs = bad.context
+            all_packs = [pack for rank in self.world.gather(packs) for pack in rank]
+            if self.world.is_main:
+                path = write_report(self.folder.forensics, bad, all_packs, lr)
+                log.warning(
+                    "step %d was skipped: %s (loss %.4g, gradient norm %.4g); its packs: %s; look at them with"
+                    " `megavlm replay %s --step %d`",
+                    *(bad.step + 1, bad.reason, bad.loss, bad.gradient_norm, path, self.folder.path, bad.step + 1),
+                )
+        limit = self.config.faults.max_skipped_in_a_row
+        if skipped and self.guard.num_skipped_in_a_row >= limit:
+            self.checkpointer.close()
+            self._close()
+            raise RunEnded(
+                Exit.DIVERGED,
+                f"{limit} steps in a row were skipped, the last one is step {skipped[-1].step + 1}\n"
+                "  do:    look at them with `megavlm replay`; lower optimizer.learning_rate or clip harder, and start again:"
+                " the newest checkpoint is taken",
+            )
+
+    def _needed_s(self) -> float:
+        """From now to a complete checkpoint: one under way, one more, the micro-batch being run."""
+        return 2 * self.checkpointer.expected_s + self.watchdog.slowest_step_s + self.config.engine.stop_margin_s
 
     def _loss_factors(self, packs: list) -> torch.Tensor:
         """What each of the sums that the backbone gives is multiplied by: float32 ``[num_groups + 1]``."""
@@ -125,18 +263,20 @@ class Trainer:
 
     def _report(self, step: int, gradient_norm: float) -> None:
         values = self.meters.report()
+        times, remarks = self.stragglers.report()
+        values |= times
         values["optimizer/learning_rate"] = self.learning_rate
         values["optimizer/gradient_norm"] = gradient_norm
-        losses = {task: values[f"loss/{task}"] for task in TASKS if f"loss/{task}" in values}
-        if not np.isfinite([*losses.values(), gradient_norm]).all():
-            raise MegavlmError(
-                f"loss or gradient is not finite at step {step + 1}: {losses}, gradient norm {gradient_norm}\n"
-                "  do:    lower optimizer.learning_rate or clip harder, and start again: the newest checkpoint is taken"
-            )
+        values["faults/skipped_steps"] = self.guard.num_skipped
+        self._reported = values
         if not self.world.is_main:
             return
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step + 1)
+        for remark in remarks:
+            log.info("held up by %s; see %s", remark, self.folder.stragglers)
+        self._write_status("running")
+        losses = {task: values[f"loss/{task}"] for task in TASKS if f"loss/{task}" in values}
         left_s = values["time/step_s"] * (self.config.optimizer.num_steps - self.step)
         log.info(
             "step %d/%d  %s  lr %.1e  norm %.2f  %.0f tokens/s  flops %.0f%%  data wait %.0f%%  left %d:%02d",
@@ -149,6 +289,22 @@ class Trainer:
             100 * values["routing/flops_share"],
             100 * values["time/data_wait_share"],
             *divmod(int(left_s), 60),
+        )
+
+    def _write_status(self, state: str) -> None:
+        if not self.world.is_main:
+            return
+        step_s = self._reported.get("time/step_s", 0.0)
+        write_status(
+            self.folder,
+            state=state,
+            step=self.step,
+            num_steps=self.config.optimizer.num_steps,
+            world_size=self.world.size,
+            step_s=step_s,
+            report_s=step_s * self.config.monitor.log_every_steps,
+            tokens_per_s=self._reported.get("throughput/tokens_per_s", 0.0),
+            skipped=self.guard.num_skipped,
         )
 
     def _draw(self) -> None:
@@ -180,34 +336,3 @@ class Trainer:
             f"{self.config.data.num_lanes} packs of up to {self.config.data.pack_tokens} tokens per step, "
             f"{self.plan.num_stages} stages; run folder {self.config.run_dir}"
         )
-
-
-def forget_gradients(engine) -> None:
-    """Forget the gradients of the step that was just taken.
-
-    DeepSpeed's stage 3 (0.16 to at least 0.19.8) leaves the last gradient of a parameter in its buffer and applies it again in steps
-    where the parameter gets none, such as steps without the only task that uses it.
-    """
-    engine.optimizer.grad_partitions_flat_buffer.zero_()
-
-
-def _start_engine(backbone: torch.nn.Module, config: RunConfig, world: World):
-    """DeepSpeed's engine around the backbone, with AdamW in two groups, matrices with weight decay and the rest without."""
-    settings = config.optimizer
-    named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
-    groups = [
-        {"name": "decay", "params": [p for _, p in named if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"name": "no_decay", "params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
-    document = json.loads(find_resource("ds_configs", config.engine.deepspeed, ".json").read_text())
-    bfloat16 = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and world.device.type == "cuda")
-    document |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.data.num_lanes // world.size,
-        # written always: the default has changed between versions of DeepSpeed
-        "gradient_clipping": settings.gradient_clipping,
-        "bf16": {"enabled": bfloat16},
-    }
-    engine, *_ = deepspeed.initialize(model=backbone, optimizer=optimizer, config=document)
-    return engine

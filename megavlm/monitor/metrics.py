@@ -12,6 +12,10 @@ from megavlm.data.sample import TASKS
 from megavlm.engine.distributed import World
 
 
+TOTALS = ("tokens", "samples", "executed_flops", "seconds")
+"""Counted over the whole run, restarts included."""
+
+
 class Meters:
     """Everything between two reports.
 
@@ -23,6 +27,7 @@ class Meters:
 
     def __init__(self, world: World, sources: Sequence[str], stages: Sequence[tuple[int, int]]):
         self.world, self.sources, self.stages = world, sources, stages
+        self.totals = dict.fromkeys(TOTALS, 0.0)
         self._reset()
 
     def _reset(self) -> None:
@@ -50,21 +55,40 @@ class Meters:
         self.num_steps += 1
         self.data_wait_s += data_wait_s
 
+    def state(self) -> dict:
+        """This rank's share of what a checkpoint must hold."""
+        seconds = time.perf_counter() - self.begin_s
+        return {"sums": np.concatenate(self._parts()).tolist(), "num_steps": self.num_steps, "seconds": seconds}
+
+    def load_state(self, states: list[dict], totals: dict[str, float]) -> None:
+        """Go on counting where the ranks of an earlier session stopped; rank 0 takes over the counts of all of them."""
+        self.totals |= totals
+        first = states[0]
+        sums = np.sum([state["sums"] for state in states], axis=0)
+        here = self._parts()
+        if len(sums) != sum(map(len, here)):  # another policy has other stages: begin anew
+            return
+        self.num_steps, self.begin_s = first["num_steps"], time.perf_counter() - first["seconds"]
+        if not self.world.is_main:
+            return
+        ends = np.cumsum([len(part) for part in here])
+        losses, self.labels, kept, self.images, self.flops, self.dense_flops, scalars = np.split(sums, ends[:-1])
+        self.loss_sums = torch.tensor(losses, dtype=torch.float32, device=self.world.device)
+        self.kept = kept.reshape(self.kept.shape)
+        self.tokens, self.samples, self.data_wait_s = scalars.tolist()
+
+    def _parts(self) -> list[np.ndarray]:
+        scalars = [self.tokens, self.samples, self.data_wait_s]
+        losses = self.loss_sums.double().cpu().numpy()
+        parts = [losses, self.labels, self.kept.ravel(), self.images, self.flops, self.dense_flops, scalars]
+        return [np.asarray(part, np.float64) for part in parts]
+
     def report(self) -> dict[str, float]:
         """TensorBoard tag → value over all ranks since the last report. Called by all ranks together."""
         seconds = time.perf_counter() - self.begin_s
-        scalars = [self.tokens, self.samples, self.data_wait_s]
-        parts = [
-            self.loss_sums.double().cpu().numpy(),
-            self.labels,
-            self.kept.ravel(),
-            self.images,
-            self.flops,
-            self.dense_flops,
-            scalars,
-        ]
+        parts = self._parts()
         # one gather for all: the largest rank's cost is needed as well as the sums
-        ranks = np.stack(self.world.gather(np.concatenate([np.asarray(part, np.float64) for part in parts])))
+        ranks = np.stack(self.world.gather(np.concatenate(parts)))
         ends = np.cumsum([len(part) for part in parts])
         flops_of_ranks = ranks[:, ends[3] : ends[4]].sum(1)
         losses, labels, kept, images, flops, dense_flops, scalars = np.split(ranks.sum(0), ends[:-1])
@@ -92,6 +116,9 @@ class Meters:
             for t, task in enumerate(TASKS[:2]):
                 if images[t]:
                     values[f"kept_tokens/{task}/stage_{stage}_layers_{first}-{end - 1}"] = row[t] / images[t]
+        for name, value in zip(TOTALS, (tokens, samples, (1 + BACKWARD_FACTOR) * flops.sum(), seconds)):
+            self.totals[name] += float(value)
+            values[f"totals/{name}"] = self.totals[name]
         if self.world.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._reset()

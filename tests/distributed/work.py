@@ -25,11 +25,12 @@ def train(world, config, num_steps: int) -> dict:
     record = {"first": trainer.step, "ids": [], "losses": [], "norms": []}
     trainer.loader = _watched(trainer.loader, record)
     for step in range(trainer.step, num_steps):
-        record["norms"].append(trainer.train_step(step))
+        record["norms"].append(float(trainer.train_step(step)))
         trainer.step = step + 1
         record["losses"].append(trainer.meters.report())
         if trainer.step % config.checkpoint.every_steps == 0:
-            trainer.checkpointer.save(trainer.step, trainer.engine, trainer.states)
+            trainer.save()
+    trainer.checkpointer.close()
     return record | {"weights": weights(trainer.engine), "states": trainer.states}
 
 
@@ -48,7 +49,7 @@ def train_on(world, config, packs_of_steps: list) -> dict:
     """Train on given packs: ``packs_of_steps[step]`` are all packs of a step, dealt to ranks like lanes."""
     trainer = Trainer(config, world)
     trainer.loader = iter([(packs[world.rank :: world.size], {}) for packs in packs_of_steps])
-    norms = [trainer.train_step(step) for step in range(len(packs_of_steps))]
+    norms = [float(trainer.train_step(step)) for step in range(len(packs_of_steps))]
     return {"norms": norms, "weights": weights(trainer.engine)}
 
 

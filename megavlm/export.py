@@ -1,0 +1,50 @@
+"""From a checkpoint to a folder that `transformers` loads."""
+
+import json
+import shutil
+from pathlib import Path
+
+from megavlm import build
+from megavlm.checkpoints import find
+from megavlm.engine.checkpoint import load_weights
+from megavlm.engine.run import RunFolder
+from megavlm.errors import MegavlmError
+from megavlm.vocabulary import SPECIALS
+
+
+def export(source: Path, out: Path) -> str:
+    """Write weights, configuration and vocabulary of a checkpoint.
+
+    ``AutoModelForCausalLM.from_pretrained(out)`` gives the same logits; a tied output head is stored once. Beside it lie
+    ``text.model`` (SentencePiece) and ``vocabulary.json``, which says where text, special tokens and image codes begin.
+
+    Args:
+        source: A run folder (its newest checkpoint) or a checkpoint in one.
+        out: The folder to write.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        MegavlmError: If ``out`` exists, or the checkpoint is damaged.
+    """
+    if out.exists():
+        raise MegavlmError(f"{out} exists already\n  do:    name another folder, or remove it")
+    checkpoint = find(source)[-1]
+    folder = RunFolder(checkpoint.parent.parent)
+    config = folder.load_config()
+    vocabulary = build.build_vocabulary(config)
+    causal_lm = build.build_causal_lm(config, vocabulary)
+    load_weights(checkpoint, causal_lm, "causal_lm.")
+    causal_lm.save_pretrained(out)
+    shutil.copyfile(folder.text_model, out / "text.model")
+    layout = {
+        "size": vocabulary.size,
+        "num_text": vocabulary.num_text,
+        "specials": {name: vocabulary.num_text + i for i, name in enumerate(SPECIALS)},
+        "first_code": vocabulary.first_code,
+        "image_tokenizer": config.vocabulary.image_tokenizer.model_dump(mode="json"),
+        "checkpoint": str(checkpoint.name),
+    }
+    (out / "vocabulary.json").write_text(json.dumps(layout, indent=1))
+    return f"{sum(p.numel() for p in causal_lm.parameters()) / 1e6:.2f}M parameters in float32 from {checkpoint}"
