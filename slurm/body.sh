@@ -1,0 +1,82 @@
+MAX_RESTARTS=@{max_restarts}
+NODE_FAILURE_WAIT_S=@{node_failure_wait_s}
+
+# What the run writes, from a machine that sees this folder:
+#   tensorboard --logdir "$RUN/tensorboard"       then open http://localhost:6006
+# and from your own:
+#   ssh -L 6006:localhost:6006 LOGIN-NODE         with the line above typed there
+# How it stands:  megavlm status "$RUN"     Save now:  touch "$RUN/save"     Save and end:  touch "$RUN/stop"
+
+set -uo pipefail
+# the shell outlives a SIGTERM: the processes of the run save, and then it decides below
+trap : TERM
+restarts=${SLURM_RESTART_COUNT:-0}
+echo "$(date '+%F %T') job $JOB, restart $restarts, on $SLURM_JOB_NODELIST"
+if ((restarts > MAX_RESTARTS)); then
+    echo "restarted $restarts times, giving up"
+    exit 1
+fi
+@{setup}
+# who ran what, where (nothing else of the environment: it may hold secrets)
+{
+    scontrol show job "$SLURM_JOB_ID"
+    env | grep -E '^(SLURM_|NCCL_|CUDA_|OMP_|LD_LIBRARY_PATH|PATH|LOADEDMODULES)' | sort
+    command -v nvidia-smi >/dev/null && nvidia-smi -L
+} >"$RUN/slurm/environment-$SLURM_JOB_ID-$restarts.txt" 2>&1
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# below the ephemeral ports; another one after a restart, for something of the old start may live on
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + restarts) % 12000))
+export MASTER_ADDR MASTER_PORT
+# the run saves in time by itself, whatever --signal says; empty if there is no limit
+MEGAVLM_END_TIME=$(date -d "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s 2>/dev/null)
+export MEGAVLM_END_TIME
+export MEGAVLM_EXIT_FILE=$RUN/exit_code
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
+export PYTHONUNBUFFERED=1
+rm -f "$RUN/exit_code"
+
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" @{container}\
+    @{python} -m megavlm train "$RECIPE"@{arguments} &
+srun_pid=$!
+# a SIGTERM interrupts `wait`, not the run
+while kill -0 $srun_pid 2>/dev/null; do wait $srun_pid; done
+wait $srun_pid
+code=$?
+# the run's own word counts more than srun's: that is the status of whichever process it had to kill
+[ -s "$RUN/exit_code" ] && code=$(cat "$RUN/exit_code")
+echo "$(date '+%F %T') the run ended with status $code"
+
+requeue() {
+    if ((restarts >= MAX_RESTARTS)); then
+        echo "not requeued: restarted $restarts times already"
+        exit 1
+    fi
+    # the controller may be away for a moment
+    for _ in {1..60}; do
+        scontrol requeue "$JOB" && sleep 600
+        sleep 5
+    done
+    echo "could not be requeued"
+    exit 1
+}
+
+preempted() { scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }
+
+case $code in
+    0) exit 0 ;;
+    # hung, or interrupted with a checkpoint: go on later
+    74 | 75) requeue ;;
+    # told to stop with a checkpoint: by somebody, or by SLURM in order to go on later
+    76)
+        preempted && requeue
+        exit 0
+        ;;
+esac
+if [ ! -s "$RUN/exit_code" ]; then
+    # no process has said why: killed from outside. If a node was lost SLURM notices soon, and requeues the job
+    echo "no word from the run: waiting $NODE_FAILURE_WAIT_S s for SLURM to find a lost node"
+    sleep "$NODE_FAILURE_WAIT_S" &
+    wait $!
+fi
+exit "$code"
