@@ -9,7 +9,8 @@ NODE_FAILURE_WAIT_S=@{node_failure_wait_s}
 
 set -uo pipefail
 # the shell outlives a SIGTERM: the processes of the run save, and then it decides below
-trap : TERM
+terminated=
+trap terminated=yes TERM
 restarts=${SLURM_RESTART_COUNT:-0}
 echo "$(date '+%F %T') job $JOB, restart $restarts, on $SLURM_JOB_NODELIST"
 if ((restarts > MAX_RESTARTS)); then
@@ -47,15 +48,23 @@ code=$?
 [ -s "$RUN/exit_code" ] && code=$(cat "$RUN/exit_code")
 echo "$(date '+%F %T') the run ended with status $code"
 
+# a sleep that a signal to this shell interrupts
+pause() {
+    sleep "$1" &
+    wait $!
+}
+
 requeue() {
     if ((restarts >= MAX_RESTARTS)); then
         echo "not requeued: restarted $restarts times already"
         exit 1
     fi
-    # the controller may be away for a moment
+    # from here on a SIGTERM is the requeueing itself
+    trap 'exit 0' TERM
     for _ in {1..60}; do
-        scontrol requeue "$JOB" && sleep 600
-        sleep 5
+        if scontrol requeue "$JOB"; then pause 600; fi
+        # the controller may be away for a moment
+        pause 5
     done
     echo "could not be requeued"
     exit 1
@@ -73,10 +82,9 @@ case $code in
         exit 0
         ;;
 esac
-if [ ! -s "$RUN/exit_code" ]; then
+if [ ! -s "$RUN/exit_code" ] && [ -z "$terminated" ]; then
     # no process has said why: killed from outside. If a node was lost SLURM notices soon, and requeues the job
     echo "no word from the run: waiting $NODE_FAILURE_WAIT_S s for SLURM to find a lost node"
-    sleep "$NODE_FAILURE_WAIT_S" &
-    wait $!
+    pause "$NODE_FAILURE_WAIT_S"
 fi
 exit "$code"

@@ -220,7 +220,8 @@ class Checkpointer:
             path, num_bytes = self._write_files(tensors, state, of_rank, metrics, begin)
         except Superseded:
             raise
-        except Exception as error:  # whatever it was, the run goes on
+        # whatever it was, the run goes on; what torch raises for failures of ranks is no Exception
+        except (Exception, dcp.CheckpointException) as error:
             return Saved(step, None, _in_short(error), stall_s, time.perf_counter() - begin, 0)
         return Saved(step, path, "", stall_s, time.perf_counter() - begin, num_bytes)
 
@@ -305,7 +306,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
             parameter.copy_(flat[f"value/{name}"].view(parameter.shape))
 
 
-def _in_short(error: Exception) -> str:
+def _in_short(error: BaseException) -> str:
     """The innermost cause: torch wraps what happened on the ranks into tracebacks."""
     failures = getattr(error, "failures", None)
     if failures:

@@ -4,6 +4,7 @@
 from which the same lane makes the same pack again.
 """
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -33,6 +34,15 @@ def describe_packs(packs: list, states_before: dict[int, Any]) -> list[dict]:
         }
         for pack in packs
     ]
+
+
+def chain(digest: str, pack) -> str:
+    """The digest of all samples that a lane has trained on so far, from that before this pack.
+
+    Two runs with equal digests have seen the same data in the same order, whatever interrupted them.
+    """
+    places = json.dumps([list(map(int, place)) for place in pack.coordinates])
+    return hashlib.sha256((digest + places).encode()).hexdigest()
 
 
 def write_report(folder: Path, bad: BadStep, packs: list[dict], learning_rate: float) -> Path:

@@ -26,7 +26,7 @@ from megavlm.engine.agreement import Wishes
 from megavlm.engine.checkpoint import Checkpointer
 from megavlm.engine.distributed import World, set_timeout
 from megavlm.engine.exits import Exit, RunEnded
-from megavlm.engine.forensics import describe_packs, write_report
+from megavlm.engine.forensics import chain, describe_packs, write_report
 from megavlm.engine.guard import Guard
 from megavlm.engine.initial import load_initial_weights
 from megavlm.engine.manifest import Retention
@@ -78,11 +78,13 @@ class Trainer:
         self.engine = start_engine(build.build_backbone(config, causal_lm), config, world, self.guard)
         self.meters = Meters(world, list(config.data.sources), self.plan.bounds)
         self.stragglers = Stragglers(world, self.folder.stragglers)
-        self.step, self.states = 0, {}
+        self.step, self.states, self.digests = 0, {}, dict.fromkeys(lanes, "")
         if state := self.checkpointer.restore_newest(self.engine):
             self.step, self.states = state["step"], {lane: state["lanes"][str(lane)] for lane in lanes}
             self.guard.load_state(state["guard"])
-            self.meters.load_state(state["ranks"], state["totals"])
+            self.meters.load_state([rank["meters"] for rank in state["ranks"]], state["totals"])
+            digests = {lane: digest for rank in state["ranks"] for lane, digest in rank["digests"].items()}
+            self.digests = {lane: digests[str(lane)] for lane in lanes}
             log.info("resuming after step %d from %s", self.step, self.folder.checkpoints)
         data = config.data
         self.loader = Loader(
@@ -183,6 +185,8 @@ class Trainer:
         forget_gradients(engine)
         self.guard.end_step(step, (lr, describe_packs(packs, self.states)))
         self.states = states
+        for pack in packs:
+            self.digests[pack.lane] = chain(self.digests[pack.lane], pack)
         flops = float(sum(pack.flops.sum() for pack in packs))
         self.stragglers.add_step(flops, data_wait_s, time.thread_time() - begin_cpu_s)
         return gradient_norm(engine)
@@ -190,9 +194,10 @@ class Trainer:
     def save(self) -> None:
         """Begin a checkpoint of the current state."""
         self._handle_skipped(self.guard.settle(keep=0))
-        shared = {"guard": self.guard.state(), "totals": self.meters.totals}
+        shared = {"guard": self.guard.state(), "totals": dict(self.meters.totals)}
+        of_rank = {"meters": self.meters.state(), "digests": {str(lane): d for lane, d in self.digests.items()}}
         stall_s = self.checkpointer.save(
-            self.step, self.engine, self.states, shared, metrics=self._reported, of_rank=self.meters.state()
+            self.step, self.engine, self.states, shared, metrics=self._reported, of_rank=of_rank
         )
         if self.writer:
             self.writer.add_scalar("checkpoint/stall_s", stall_s, self.step)

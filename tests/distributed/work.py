@@ -1,10 +1,17 @@
 """What ranks do in the tests. Functions here are called in other processes, by name."""
 
+import io
+import logging
+import resource
+import threading
+
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from megavlm import build
 from megavlm.engine import trainer as trainer_module
+from megavlm.engine.ownership import Ownership, Superseded
+from megavlm.engine.shards import group_steps
 from megavlm.engine.trainer import Trainer
 from megavlm.model.backbone import Backbone
 
@@ -23,6 +30,8 @@ def train(world, config, num_steps: int) -> dict:
     """Train to ``num_steps``, saving as the recipe says; what was seen and what came out."""
     trainer = Trainer(config, world)
     record = {"first": trainer.step, "ids": [], "losses": [], "norms": []}
+    if trainer.step:
+        record["restored"] = weights(trainer.engine)
     trainer.loader = _watched(trainer.loader, record)
     for step in range(trainer.step, num_steps):
         record["norms"].append(float(trainer.train_step(step)))
@@ -31,7 +40,8 @@ def train(world, config, num_steps: int) -> dict:
         if trainer.step % config.checkpoint.every_steps == 0:
             trainer.save()
     trainer.checkpointer.close()
-    return record | {"weights": weights(trainer.engine), "states": trainer.states}
+    ended = {"weights": weights(trainer.engine), "states": trainer.states, "group_steps": group_steps(trainer.engine)}
+    return record | ended
 
 
 def _watched(loader, record):
@@ -83,3 +93,84 @@ def train_with_extra(world, config, num_steps: int, absent_step: int, forget: bo
         state = {key: safe_get_full_optimizer_state(extra, key).clone() for key in ("exp_avg", "exp_avg_sq")}
         history.append(state | {"value": safe_get_full_fp32_param(extra).clone(), "lr": trainer.learning_rate})
     return history
+
+
+def listen() -> io.StringIO:
+    """What is logged from now on."""
+    text = io.StringIO()
+    logging.getLogger().addHandler(logging.StreamHandler(text))
+    logging.getLogger().setLevel(logging.INFO)
+    return text
+
+
+def restore_and_listen(world, config) -> dict:
+    """Start a run; the step it goes on from, and what it says."""
+    text = listen()
+    trainer = Trainer(config, world)
+    return {"step": trainer.step, "log": text.getvalue()}
+
+
+def save_with_other_group_steps(world, config) -> dict:
+    """Change one group's step counter and save under the next step."""
+    trainer = Trainer(config, world)
+    zero = trainer.engine.optimizer
+    assert [group["name"] for group in zero.optimizer.param_groups] == ["decay", "no_decay"]
+    zero.optimizer.state[zero.fp32_partitioned_groups_flat[1]]["step"].fill_(9)
+    trainer.step += 1
+    trainer.save()
+    trainer.checkpointer.close()
+    return group_steps(trainer.engine)
+
+
+def train_with_a_full_disk(world, config) -> dict:
+    """Three steps, each saved; the last rank cannot write files of more than 20 kB during the second save."""
+    text = listen()
+    trainer = Trainer(config, world)
+    saves = []
+    for step in range(3):
+        trainer.train_step(step)
+        trainer.step = step + 1
+        limit = 20_000 if step == 1 and world.rank == world.size - 1 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        trainer.save()
+        saves.append(trainer.checkpointer.wait())
+    return {"saves": saves, "log": text.getvalue()}
+
+
+def train_while_writing(world, config) -> dict:
+    """Save after one step, with a writer that does nothing before two more steps are done."""
+    trainer = Trainer(config, world)
+    may_write, done = threading.Event(), []
+    write_files = trainer.checkpointer._write_files
+
+    def slow(*args):
+        may_write.wait()
+        done.append(trainer.step)
+        return write_files(*args)
+
+    trainer.checkpointer._write_files = slow
+    trainer.train_step(0)
+    trainer.step = 1
+    trainer.save()
+    then = weights(trainer.engine)
+    for step in (1, 2):
+        trainer.train_step(step)
+        trainer.step = step + 1
+    may_write.set()
+    trainer.checkpointer.close()
+    return {"weights_when_called": then, "steps_done_before_the_write": done[0]}
+
+
+def save_after_a_newer_start(world, config) -> str:
+    """A newer start takes the folder over between a step and its save."""
+    trainer = Trainer(config, world)
+    trainer.train_step(0)
+    trainer.step = 1
+    if world.is_main:
+        Ownership(trainer.folder.checkpoints)
+    trainer.save()
+    try:
+        trainer.checkpointer.wait()
+    except Superseded as error:
+        return str(error)
+    return "it was written"

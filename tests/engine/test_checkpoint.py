@@ -8,7 +8,14 @@ from megavlm.config import load_config
 from megavlm.engine.manifest import complete_checkpoints, verify
 from tests.conftest import TINY
 from tests.distributed.ranks import run_ranks
-from tests.distributed.work import train
+from tests.distributed.work import (
+    restore_and_listen,
+    save_after_a_newer_start,
+    save_with_other_group_steps,
+    train,
+    train_while_writing,
+    train_with_a_full_disk,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +60,113 @@ def test_a_save_that_was_cut_off_is_invisible(trained, tmp_path):
     assert complete_checkpoints(folder) == []
 
 
-def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
+def test_a_damaged_checkpoint_is_refused_and_the_newest_intact_one_is_taken(trained, tmp_path, caplog):
+    """Whichever file it is; and nothing is left if all are damaged."""
     run, config, _ = trained
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    newest = complete_checkpoints(copy / "checkpoints")[-1]
-    part = next((newest / "tensors").glob("*.distcp"))
-    part.write_bytes(part.read_bytes()[:-1])
-    with pytest.raises(AssertionError, match=f"{part.name} has .* bytes instead of"):
-        run_ranks(1, train, config.model_copy(update={"run_dir": str(copy)}), 6)
+    for number, name in enumerate(["manifest.json", "state.json", "tensors/.metadata", "tensors/__1_0.distcp"]):
+        copy = tmp_path / f"run-{number}"
+        shutil.copytree(run, copy)
+        flip(complete_checkpoints(copy / "checkpoints")[-1] / name)
+        here = config.model_copy(update={"run_dir": str(copy)})
+        if number < 3:
+            log = restored_alone(here)
+            assert log["step"] == 2
+            assert f"step-00000004 is damaged and not taken: {name}" in log["log"]
+            assert [p.name[:21] for p in (copy / "checkpoints").glob("damaged-*")] == ["damaged-step-00000004"]
+        else:
+            flip(copy / "checkpoints" / "step-00000002" / name)
+            with pytest.raises(AssertionError, match="every checkpoint of this run is damaged(.|\n)*__1_0.distcp has another"):
+                run_ranks(1, train, here, 6)
+
+
+def restored_alone(config):
+    return run_ranks(1, restore_and_listen, config)[0]
+
+
+def flip(path):
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+TIED = {
+    "model.architecture": TINY["model.architecture"] | {"tie_word_embeddings": True},
+    "optimizer.num_steps": 23,
+    "checkpoint.every_steps": 3,
+    "checkpoint.keep_every_steps": 3,
+}
+
+
+def test_save_at_4_resume_at_1_2_and_4_and_back(make_config, tmp_path):
+    """P9 with tied embeddings and two parameter groups: state bit-identical, data identical, the next 20 losses equal."""
+    saved = run_ranks(4, train, make_config(TIED, tmp_path / "4"), 3)
+    whole = run_ranks(4, train, make_config(TIED | {"checkpoint.every_steps": 100}, tmp_path / "whole"), 23)
+    for world_size in (1, 2, 4):
+        shutil.copytree(tmp_path / "4", tmp_path / f"to-{world_size}")
+        results = run_ranks(world_size, train, make_config(TIED, tmp_path / f"to-{world_size}"), 23)
+        assert results[0]["first"] == 3 and len(results[0]["losses"]) == 20
+        assert_equal(results[0]["restored"], saved[0]["weights"])
+        assert data_of(results) == data_of(whole)[3:]
+        for tag in ("loss/understanding", "loss/generation"):
+            expected = [losses[tag] for losses in whole[0]["losses"][3:]]
+            assert [losses[tag] for losses in results[0]["losses"]] == pytest.approx(expected, rel=2e-4), tag
+        if world_size == 4:
+            assert_equal(results[0]["weights"], whole[0]["weights"])
+    # and back: what one process saved, four take over
+    back = run_ranks(4, train, make_config(TIED, tmp_path / "to-1"), 21)[0]
+    alone = run_ranks(1, train, make_config(TIED, tmp_path / "to-1"), 21)[0]
+    assert back["first"] == alone["first"] == 21
+    assert_equal(back["restored"], alone["restored"])
+    assert saved[0]["group_steps"] == {"decay": 3, "no_decay": 3} and back["group_steps"] == {"decay": 21, "no_decay": 21}
+
+
+def data_of(results):
+    """Ids of every step, over all ranks, in lane order."""
+    return [sorted(pack for rank in step for pack in rank) for step in zip(*(result["ids"] for result in results))]
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not first[name].equal(second[name])]
+    assert not different, different
+
+
+def test_every_group_keeps_its_own_step_counter(trained, tmp_path):
+    """DeepSpeed's universal format gives all groups the first one's."""
+    run, config, _ = trained
+    shutil.copytree(run, tmp_path / "run")
+    here = config.model_copy(update={"run_dir": str(tmp_path / "run")})
+    assert run_ranks(2, save_with_other_group_steps, here)[0] == {"decay": 4, "no_decay": 9}
+    assert run_ranks(1, train, here, 5)[0]["group_steps"] == {"decay": 4, "no_decay": 9}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_failing_write_is_told_and_the_run_goes_on(make_config, tmp_path, world_size):
+    """One rank may write no more than a few bytes: the save fails on all ranks alike, the older checkpoint stays."""
+    results = run_ranks(world_size, train_with_a_full_disk, make_config(run_dir=tmp_path / "run"))
+    for result in results:
+        assert [saved.step for saved in result["saves"]] == [1, 2, 3]
+        assert [bool(saved.error) for saved in result["saves"]] == [False, True, False]
+        assert "File too large" in result["saves"][1].error
+    assert "step 2 could not be written" in results[0]["log"] and "newest complete one is step-00000001" in results[0]["log"]
+    checkpoints = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step-00000001", "step-00000003"]
+    assert all(verify(path) == [] for path in checkpoints) and not list((tmp_path / "run" / "checkpoints").glob(".writing*"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(make_config, tmp_path):
+    """The file system hangs until two more steps are done; what is saved is the state at the time of the call."""
+    result = run_ranks(2, train_while_writing, make_config(run_dir=tmp_path / "run"))[0]
+    assert result["steps_done_before_the_write"] == 3
+    again = run_ranks(2, train, make_config(run_dir=tmp_path / "run"), 1)[0]
+    assert again["first"] == 1
+    assert_equal(again["restored"], result["weights_when_called"])
+
+
+def test_a_superseded_start_writes_nothing_more(make_config, tmp_path):
+    message = run_ranks(2, save_after_a_newer_start, make_config(run_dir=tmp_path / "run"))
+    assert all("another start of this run owns" in text for text in message)
+    assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
 def test_working_precision_follows_the_masters(trained):

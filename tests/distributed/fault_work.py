@@ -1,0 +1,110 @@
+"""What ranks do when something goes wrong. Functions here are called in other processes, by name."""
+
+import os
+import signal
+import time
+from functools import partial
+
+import torch
+
+from megavlm.engine import agreement, signals
+from megavlm.engine import trainer as trainer_module
+from megavlm.engine.exits import RunEnded
+from megavlm.engine.shards import group_steps
+from megavlm.engine.trainer import Trainer
+from megavlm.engine.watchdog import Watchdog
+from tests.distributed.work import _watched, listen, weights
+
+
+def inject_nan(world, config, steps) -> dict:
+    """Train to the end; in these steps the last rank's loss is multiplied by NaN in its backward pass."""
+    log = listen()
+    trainer = Trainer(config, world)
+    record = {"ids": [], "weights": {}, "skipped": [], "ended": "done", "code": 0}
+    trainer.loader = _watched(trainer.loader, record)
+    mlp = trainer.engine.module.causal_lm.model.layers[0].mlp
+    mlp.register_full_backward_hook(
+        lambda _module, inputs, _outputs: (
+            tuple(g * float("nan") for g in inputs) if trainer.step in steps and world.rank == world.size - 1 else None
+        )
+    )
+    handle = trainer._handle_skipped
+    trainer._handle_skipped = lambda bad: (record["skipped"].extend(b.step + 1 for b in bad), handle(bad))
+    train_step = trainer.train_step
+
+    def watched_step(step):
+        if len(steps) < 3:
+            record["weights"][step] = weights(trainer.engine) if step else {}
+        return train_step(step)
+
+    trainer.train_step = watched_step
+    try:
+        trainer.run()
+    except RunEnded as end:
+        record |= {"ended": end.reason, "code": int(end.code)}
+    return record | {"group_steps": group_steps(trainer.engine), "log": log.getvalue()}
+
+
+def hang(world, config) -> dict:
+    """In the third step rank 1's data do not come for a while; the watchdogs may report, but not end the process."""
+    log, codes = listen(), []
+    trainer_module.Watchdog = partial(Watchdog, end=codes.append, least_budget_s=4.0)
+    trainer = Trainer(config, world)
+    trainer.loader = _late(trainer.loader, world.rank, codes)
+    trainer.run()
+    return {"codes": [int(code) for code in codes], "log": log.getvalue()}
+
+
+def _late(loader, rank, codes):
+    for number, item in enumerate(loader):
+        if rank == 1 and number == 2:
+            sleep_here(codes)
+        yield item
+
+
+def sleep_here(codes) -> None:
+    while not codes:
+        time.sleep(0.1)
+
+
+def stop_by_signal(world, config, name: str) -> dict:
+    """Rank 1 gets a signal while it runs the first micro-batch of the third step."""
+    signals.listen()
+    trainer = Trainer(config, world)
+    packs = []
+    forward = trainer.engine.module.forward
+
+    def signalled(pack):
+        if trainer.step == 2:
+            packs.append(pack)
+            if world.rank == 1:
+                os.kill(os.getpid(), getattr(signal, name))
+        return forward(pack)
+
+    trainer.engine.module.forward = signalled
+    try:
+        trainer.run()
+    except RunEnded as end:
+        return {"code": int(end.code), "packs_of_last_step": len(packs)}
+    return {"code": 0}
+
+
+def stop_by_touching(world, config) -> dict:
+    """Somebody touches ``save`` during the third step and ``stop`` during the sixth."""
+    agreement.LOOK_EVERY_S = 0.0
+    trainer = Trainer(config, world)
+    train_step = trainer.train_step
+
+    def watched_step(step):
+        norm = train_step(step)
+        if world.is_main and step in (2, 5):
+            (trainer.folder.path / ("save" if step == 2 else "stop")).touch()
+        torch.distributed.barrier()
+        return norm
+
+    trainer.train_step = watched_step
+    try:
+        trainer.run()
+    except RunEnded as end:
+        return {"code": int(end.code), "step": trainer.step}
+    return {"code": 0}
