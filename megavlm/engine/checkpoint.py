@@ -222,7 +222,9 @@ class Checkpointer:
             raise
         # whatever it was, the run goes on; what torch raises for failures of ranks is no Exception
         except (Exception, dcp.CheckpointException) as error:
-            return Saved(step, None, _in_short(error), stall_s, time.perf_counter() - begin, 0)
+            # torch may hide "No space left on device" behind a complaint about its own file format
+            free = f"{shutil.disk_usage(self.folder).free / 1e6:.1f} MB are free there"
+            return Saved(step, None, f"{_in_short(error)} ({free})", stall_s, time.perf_counter() - begin, 0)
         return Saved(step, path, "", stall_s, time.perf_counter() - begin, num_bytes)
 
     def _write_files(self, tensors, state: dict, of_rank: tuple, metrics: dict, begin: float) -> tuple[Path, int]:

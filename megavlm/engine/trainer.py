@@ -155,6 +155,7 @@ class Trainer:
         packs, states = next(self.loader)
         data_wait_s = time.perf_counter() - begin
         self.meters.add_step(data_wait_s)
+        self.watchdog.enter("wait for the ranks' data")
         factor_G = self._loss_factors(packs)
         settings = config.optimizer
         lr = learning_rate(
