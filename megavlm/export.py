@@ -35,7 +35,9 @@ def export(source: Path, out: Path) -> str:
     config = folder.load_config()
     vocabulary = build.build_vocabulary(config)
     causal_lm = build.build_causal_lm(config, vocabulary)
-    load_weights(checkpoint, causal_lm, "causal_lm.")
+    backbone = build.build_backbone(config, causal_lm)
+    load_weights(checkpoint, backbone)
+    left_out = [name for name, _ in backbone.named_parameters() if not name.startswith("causal_lm.")]
     causal_lm.save_pretrained(out)
     shutil.copyfile(folder.text_model, out / "text.model")
     layout = {
@@ -47,4 +49,5 @@ def export(source: Path, out: Path) -> str:
         "checkpoint": str(checkpoint.name),
     }
     (out / "vocabulary.json").write_text(json.dumps(layout, indent=1))
-    return f"{sum(p.numel() for p in causal_lm.parameters()) / 1e6:.2f}M parameters in float32 from {checkpoint}"
+    remark = f"; left out, as stock models have no place for them: {', '.join(left_out)}" if left_out else ""
+    return f"{sum(p.numel() for p in causal_lm.parameters()) / 1e6:.2f}M parameters in float32 from {checkpoint}{remark}"

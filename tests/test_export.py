@@ -30,7 +30,7 @@ def test_export_and_init_from(run, make_config, tmp_path):
     export(folder, tmp_path / "out")
     vocabulary = build.build_vocabulary(config)
     causal_lm = build.build_causal_lm(config, vocabulary)
-    load_weights(find(folder)[-1], causal_lm, "causal_lm.")
+    load_weights(find(folder)[-1], torch.nn.ModuleDict({"causal_lm": causal_lm}))
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     tokens = torch.arange(1, 200, 3)[None]

@@ -81,9 +81,9 @@ def replay(run: str | Path, step: int | None = None) -> dict[str, Any]:
     vocabulary = build.build_vocabulary(config)
     torch.manual_seed(config.seed)
     causal_lm = build.build_causal_lm(config, vocabulary)
-    if before:
-        load_weights(before[-1], causal_lm, "causal_lm.")
     backbone = build.build_backbone(config, causal_lm)
+    if before:
+        load_weights(before[-1], backbone)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     make_lane = build.LaneFactory(config)
     names = list(config.data.sources)
@@ -119,7 +119,7 @@ def _run_pack(backbone, pack, seed: int) -> dict[str, Any]:
 
     hooks = [module.register_forward_hook(look(name)) for name, module in backbone.named_modules() if name]
     device = next(backbone.parameters()).device
-    loss_sums_G = backbone(pack.to(device))
+    loss_sums_G = backbone(pack.to(device))[:-1]  # the last one is that of gates
     for hook in hooks:
         hook.remove()
     backbone.zero_grad()

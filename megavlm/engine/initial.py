@@ -30,7 +30,7 @@ def load_initial_weights(source: str, causal_lm: nn.Module) -> None:
         path = next(intact, path)
     if (path / "manifest.json").is_file():
         try:
-            load_weights(path, causal_lm, "causal_lm.")
+            load_weights(path, nn.ModuleDict({"causal_lm": causal_lm}))
         except (ValueError, RuntimeError, KeyError, torch.distributed.checkpoint.CheckpointException) as error:
             raise ConfigError(_does_not_fit(path, str(error).splitlines()[-1])) from error
     elif (path / "config.json").is_file() and (shards := sorted(path.glob("*.safetensors"))):
