@@ -108,6 +108,7 @@ class RunCommands:
         setup: str | None = None,
         cache: str | None = None,
         max_restarts: int = 100,
+        warning_s: int = 120,
         array: str | None = None,
         template: str | None = None,
         sbatch_options: str = "",
@@ -134,6 +135,7 @@ class RunCommands:
             setup: A line of shell that prepares the environment: "source .venv/bin/activate".
             cache: Node-local folder for copies of shards that come over the network.
             max_restarts: The job is not requeued more often.
+            warning_s: Seconds before the time limit at which SLURM sends SIGUSR1, 0 for never. The run also watches the clock by itself.
             array: Submit a study: a YAML file with a list of mappings of overrides; each becomes a run of an array job.
             template: Another sbatch template than slurm/train.sbatch or slurm/study.sbatch.
             sbatch_options: Further options, such as "--constraint=h100 --exclusive".
@@ -155,6 +157,7 @@ class RunCommands:
             setup=setup,
             cache=cache,
             max_restarts=max_restarts,
+            warning_s=warning_s,
             template=template,
             sbatch_options=sbatch_options,
         )

@@ -47,7 +47,7 @@ class Job:
     template: str | None = None
     sbatch_options: str = ""
     warning_s: int = 120
-    """Seconds before the time limit at which SLURM sends SIGUSR1."""
+    """Seconds before the time limit at which SLURM sends SIGUSR1 (up to a minute earlier, it says); 0 for never."""
     node_failure_wait_s: int = 300
     """How long a run whose processes vanished waits for SLURM to notice a lost node."""
 
@@ -61,6 +61,9 @@ class Job:
         lines = [f"#SBATCH --{name}={value}" for name, value in given.items() if value]
         if self.gpus_per_node:
             lines.append(f"#SBATCH --gpus-per-node={self.gpus_per_node}")
+        if self.warning_s:
+            # to every process of the run; it saves and ends then
+            lines.append(f"#SBATCH --signal=USR1@{self.warning_s}")
         lines += [f"#SBATCH {option}" for option in shlex.split(self.sbatch_options)]
         return "\n".join(lines)
 
@@ -113,7 +116,6 @@ def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None =
         "tasks_per_node": job.tasks_per_node,
         "cpus_per_task": job.cpus_per_task,
         "options": job.option_lines(),
-        "warning_s": job.warning_s,
         "max_restarts": job.max_restarts,
         "node_failure_wait_s": job.node_failure_wait_s,
         "setup": job.setup_lines(),

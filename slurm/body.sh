@@ -59,6 +59,13 @@ requeue() {
         echo "not requeued: restarted $restarts times already"
         exit 1
     fi
+    # a start that does not get as far as a new checkpoint, three times over, never will
+    newest=$(cd "$RUN/checkpoints" 2>/dev/null && ls -d step-* 2>/dev/null | tail -n 1)
+    echo "${newest:-none}" >>"$RUN/slurm/newest-$JOB.txt"
+    if [ "$(tail -n 4 "$RUN/slurm/newest-$JOB.txt" | sort | uniq -c | awk '{print $1; exit}')" = 4 ]; then
+        echo "not requeued: three restarts without a new checkpoint"
+        exit 1
+    fi
     # from here on a SIGTERM is the requeueing itself
     trap 'exit 0' TERM
     for _ in {1..60}; do

@@ -58,7 +58,7 @@ def test_a_job_survives_requeueing_preemption_and_a_crashed_node(cluster, make_r
 def test_the_time_limit_ends_in_a_requeued_job_that_goes_on(make_run):
     run = make_run("limited")
     # a minute is the shortest limit; the run ends well before it
-    run.submit(2, "--time=1", "--engine.stop_margin_s=20", "--optimizer.num_steps=100000")
+    run.submit(2, "--time=1", "--warning-s=0", "--engine.stop_margin_s=20", "--optimizer.num_steps=100000")
     run.until_resumed(1)
     assert "the job's time limit is near: ended after step" in run.log()
     (run.folder / "stop").touch()
