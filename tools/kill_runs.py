@@ -105,10 +105,13 @@ def kill_again_and_again(folder: Path, kills: int, world_size: int, hidden_size:
         log = folder / f"start-{number}.txt"
         log.touch()
         processes = start(overrides, world_size, log)
-        # the moment counts from the first step, most often; sometimes from the very start
+        # some steps on, most often; sometimes any time from the very start. Counted in steps, for the machine may be busy
         if chance.random() < 0.85:
-            wait_for(lambda text: re.search(r"step \d+/", text), log, processes)
-        time.sleep(chance.uniform(0, 3))
+            num_steps_seen = chance.randint(1, 9)
+            wait_for(lambda text: len(re.findall(r"^step \d+/", text, re.M)) >= num_steps_seen, log, processes)
+            time.sleep(chance.uniform(0, 0.6))
+        else:
+            time.sleep(chance.uniform(0, 4))
         alone = chance.random() < 0.3
         kill(processes, [chance.randrange(world_size)] if alone else list(range(world_size)))
         text = log.read_text()
