@@ -154,7 +154,6 @@ class Trainer:
         begin = time.perf_counter()
         packs, states = next(self.loader)
         data_wait_s = time.perf_counter() - begin
-        self.meters.add_step(data_wait_s)
         self.watchdog.enter("wait for the ranks' data")
         factor_G = self._loss_factors(packs)
         settings = config.optimizer
@@ -165,7 +164,7 @@ class Trainer:
             group["lr"] = lr
         self.learning_rate = lr
         step_loss = torch.zeros((), device=self.world.device)
-        begin_cpu_s = time.thread_time()
+        losses, begin_cpu_s = [], time.thread_time()
         for number, pack in enumerate(packs):
             if self.wishes.agree(step_ends=False) > Wish.SAVE:
                 return None
@@ -173,7 +172,7 @@ class Trainer:
             torch.manual_seed(integer_seed(config.seed, Purpose.MODULES, pack.step, pack.lane))
             self.watchdog.enter("forward")
             loss_sums_G = engine(pack.to(self.world.device))
-            self.meters.add_pack(pack, loss_sums_G[:-1])
+            losses.append(loss_sums_G[:-1].detach())
             loss = (loss_sums_G * factor_G).sum()
             step_loss += loss.detach()
             self.watchdog.enter("backward")
@@ -186,7 +185,10 @@ class Trainer:
         forget_gradients(engine)
         self.guard.end_step(step, (lr, describe_packs(packs, self.states)))
         self.states = states
-        for pack in packs:
+        # counted now that the step is complete
+        self.meters.add_step(data_wait_s)
+        for pack, loss_sums_G in zip(packs, losses):
+            self.meters.add_pack(pack, loss_sums_G)
             self.digests[pack.lane] = chain(self.digests[pack.lane], pack)
         flops = float(sum(pack.flops.sum() for pack in packs))
         self.stragglers.add_step(flops, data_wait_s, time.thread_time() - begin_cpu_s)
