@@ -44,6 +44,8 @@ def settings(data: Path, run: Path, hidden_size: int, num_steps: int) -> dict:
         "model.architecture": architecture,
         "data.pack_tokens": 340,
         "data.look_ahead_samples": 12,
+        # packs depend on the share of the run that is done, and the last start is told another end
+        "routing.dense_finish_fraction": 0.0,
         "optimizer.num_steps": num_steps,
         "monitor.sample_every_steps": None,
         "monitor.log_every_steps": 1,
