@@ -119,7 +119,8 @@ class RunCommands:
 
             megavlm submit digits --nodes 4 --gpus-per-node 8 --partition gpu --time 24:00:00 --account me
 
-        The job requeues itself until the run is done: after the time limit, a preemption, a lost node. It does not after a failure.
+        The job requeues itself until the run is done: after the time limit, a preemption, a lost node. It does not
+        after a failure.
 
         Args:
             recipe: Path of a YAML file, or a name such as `digits`.
@@ -135,7 +136,8 @@ class RunCommands:
             setup: A line of shell that prepares the environment: "source .venv/bin/activate".
             cache: Node-local folder for copies of shards that come over the network.
             max_restarts: The job is not requeued more often.
-            warning_s: Seconds before the time limit at which SLURM sends SIGUSR1, 0 for never. The run also watches the clock by itself.
+            warning_s: Seconds before the time limit at which SLURM sends SIGUSR1, 0 for never. The run also watches
+                the clock by itself.
             array: Submit a study: a YAML file with a list of mappings of overrides; each becomes a run of an array job.
             template: Another sbatch template than slurm/train.sbatch or slurm/study.sbatch.
             sbatch_options: Further options, such as "--constraint=h100 --exclusive".

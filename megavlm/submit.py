@@ -1,7 +1,7 @@
 """`megavlm submit`: a recipe becomes an sbatch script in the run folder, readable and editable, and a job.
 
-The templates lie in ``slurm/``: ``train.sbatch`` for one run, ``study.sbatch`` for an array of them, and ``body.sh``, which both
-include. ``@{name}`` is a place to fill in; ``@@`` is an ``@``.
+The templates lie in ``slurm/``: ``train.sbatch`` for one run, ``study.sbatch`` for an array of them, and ``body.sh``,
+which both include. ``@{name}`` is a place to fill in; ``@@`` is an ``@``.
 """
 
 import shlex

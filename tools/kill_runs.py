@@ -2,10 +2,10 @@
 
     python tools/kill_runs.py --kills 50 --out docs/results/kill_runs.json
 
-Checkpoints are written in the background every second step, so that nearly every kill hits a save. Sometimes all processes are killed at
-once, sometimes one of them. After every kill: what was reported complete is complete and intact, nothing that looks complete is
-damaged, and the next start goes on from the newest. At the end the run is finished, and has trained on exactly the samples of a run
-that nobody touched, in the same order.
+Checkpoints are written in the background every second step, so that nearly every kill hits a save. Sometimes all
+processes are killed at once, sometimes one of them. After every kill: what was reported complete is complete and
+intact, nothing that looks complete is damaged, and the next start goes on from the newest. At the end the run is
+finished, and has trained on exactly the samples of a run that nobody touched, in the same order.
 """
 
 import argparse
@@ -55,7 +55,8 @@ def settings(data: Path, run: Path, hidden_size: int, num_steps: int) -> dict:
 
 
 def start(overrides: dict, world_size: int, log: Path) -> list:
-    """The processes of a run, each a fork of a clean parent that has imported everything: 50 starts need not import it 50 times."""
+    """The processes of a run, each a fork of a clean parent that has imported everything: 50 starts need not import
+    it 50 times."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]

@@ -8,9 +8,9 @@ divides the lanes.
             state.json      steps of every parameter group, state of every data lane, loss statistics, totals
             tensors/        torch.distributed.checkpoint: see `megavlm.engine.shards`
 
-``save`` copies the shards to host memory, which is the only thing that training waits for, and leaves the rest to a thread: every rank
-writes its own file under a temporary name, it is synced to the disk and hashed, and rank 0 renames the folder last. The thread
-talks over a process group of its own.
+``save`` copies the shards to host memory, which is the only thing that training waits for, and leaves the rest to a
+thread: every rank writes its own file under a temporary name, it is synced to the disk and hashed, and rank 0 renames
+the folder last. The thread talks over a process group of its own.
 """
 
 import json

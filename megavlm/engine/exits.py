@@ -1,4 +1,5 @@
-"""How a run ends. The code is the process's exit status; rank 0 also leaves it in RUN/exit_code, because a launcher may report its own."""
+"""How a run ends. The code is the process's exit status; rank 0 also leaves it in RUN/exit_code, because a launcher
+may report its own."""
 
 from enum import IntEnum
 

@@ -1,7 +1,7 @@
 """Skipped steps leave their packs' names behind, and those packs can be run again.
 
-``RUN/forensics/step-00000012.json`` holds why the step was skipped, and for each of its packs the samples and the lane's state before it,
-from which the same lane makes the same pack again.
+``RUN/forensics/step-00000012.json`` holds why the step was skipped, and for each of its packs the samples and the
+lane's state before it, from which the same lane makes the same pack again.
 """
 
 import hashlib
@@ -64,8 +64,8 @@ def write_report(folder: Path, bad: BadStep, packs: list[dict], learning_rate: f
 def replay(run: str | Path, step: int | None = None) -> dict[str, Any]:
     """Run the packs of a skipped step again, in this one process, and say what each of them does.
 
-    The weights are those of the newest intact checkpoint from before the step, the precision is float32: what is still not finite then is
-    the data or the weights, not the hardware or the number format.
+    The weights are those of the newest intact checkpoint from before the step, the precision is float32: what is
+    still not finite then is the data or the weights, not the hardware or the number format.
 
     Args:
         run: The run folder.

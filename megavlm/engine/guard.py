@@ -1,8 +1,9 @@
 """Bad steps: a loss or a gradient norm that is not finite, or far above what it was lately. Such a step is not taken.
 
-The decision is made on the device from numbers that are the same on all ranks, and goes into AdamW's fused kernel as a tensor, as a loss
-scaler's verdict would: the host waits for nothing, and learns of it one step later. A skipped step changes neither weights nor moments
-nor the step counters. (Spikes by standard deviations over a window, and steps skipped on the device: OLMo-core.)
+The decision is made on the device from numbers that are the same on all ranks, and goes into AdamW's fused kernel as
+a tensor, as a loss scaler's verdict would: the host waits for nothing, and learns of it one step later. A skipped
+step changes neither weights nor moments nor the step counters. (Spikes by standard deviations over a window, and
+steps skipped on the device: OLMo-core.)
 """
 
 import math

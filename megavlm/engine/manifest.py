@@ -1,7 +1,8 @@
 """What is on disk: complete checkpoints, what is wrong with one, which ones stay. Needs neither torch nor processes.
 
-A folder ``step-XXXXXXXX`` with a ``manifest.json`` is complete, because it got that name in one rename after everything in it was on the
-disk. It loses the name in one rename too, before anything in it is removed. Names that begin with a dot are being written or removed.
+A folder ``step-XXXXXXXX`` with a ``manifest.json`` is complete, because it got that name in one rename after
+everything in it was on the disk. It loses the name in one rename too, before anything in it is removed. Names that
+begin with a dot are being written or removed.
 """
 
 import hashlib

@@ -1,4 +1,5 @@
-"""Which start of a run may write checkpoints. After a lost node the processes of the old start can live on beside the new ones."""
+"""Which start of a run may write checkpoints. After a lost node the processes of the old start can live on beside the
+new ones."""
 
 import json
 import os

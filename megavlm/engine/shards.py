@@ -1,7 +1,7 @@
 """A ZeRO-3 engine's state as flat tensors sharded over the ranks, by name; out of the engine and back into it.
 
-Every parameter is stored flat, sharded by ZeRO-3's own rule (ceil(numel / world size) elements per rank), which is also the rule of a
-DTensor with ``Shard(0)``; that is what lets another world size read it. Names:
+Every parameter is stored flat, sharded by ZeRO-3's own rule (ceil(numel / world size) elements per rank), which is
+also the rule of a DTensor with ``Shard(0)``; that is what lets another world size read it. Names:
 
     value/NAME         float32 master of a parameter (the value itself, if it is frozen)
     exp_avg/NAME       Adam's first moment

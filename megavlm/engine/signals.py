@@ -45,6 +45,7 @@ def _note(wish: Wish) -> None:
 
 
 def end_time_of_job(environment=os.environ) -> float | None:
-    """When the job will be killed, in seconds since the epoch: MEGAVLM_END_TIME, which the sbatch script sets, or SLURM's own."""
+    """When the job will be killed, in seconds since the epoch: MEGAVLM_END_TIME, which the sbatch script sets, or
+    SLURM's own."""
     value = environment.get("MEGAVLM_END_TIME") or environment.get("SLURM_JOB_END_TIME")
     return float(value) if value else None

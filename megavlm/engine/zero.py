@@ -46,7 +46,7 @@ def gradient_norm(engine) -> torch.Tensor:
 def forget_gradients(engine) -> None:
     """Forget the gradients of the step that was just taken.
 
-    DeepSpeed's stage 3 (0.16 to at least 0.19.8) leaves the last gradient of a parameter in its buffer and applies it again in steps
-    where the parameter gets none, such as steps without the only task that uses it.
+    DeepSpeed's stage 3 (0.16 to at least 0.19.8) leaves the last gradient of a parameter in its buffer and applies it
+    again in steps where the parameter gets none, such as steps without the only task that uses it.
     """
     engine.optimizer.grad_partitions_flat_buffer.zero_()

@@ -1,6 +1,7 @@
 """Which rank is slow, and why: its packs, its data, or its hardware.
 
-Under ZeRO-3 all ranks wait for each other at every layer, so the time of a step is the same everywhere and says nothing about a rank. What does:
+Under ZeRO-3 all ranks wait for each other at every layer, so the time of a step is the same everywhere and says
+nothing about a rank. What does:
 
     planned   FLOPs of the rank's packs, relative to the mean of all ranks: unequal packs
     data      share of the time that the rank waited for its own loader: slow storage, too few workers

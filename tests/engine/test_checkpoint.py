@@ -171,7 +171,8 @@ def test_a_superseded_start_writes_nothing_more(make_config, tmp_path):
 
 
 def test_working_precision_follows_the_masters(trained):
-    """Without the copy into the partitions that the forward pass reads, the first loss after a resume is the initial one."""
+    """Without the copy into the partitions that the forward pass reads, the first loss after a resume is the initial
+    one."""
     _, config, results = trained
     expected = run_ranks(2, train, config, 5)[0]["losses"][0]["loss/generation"]
     assert results[0]["losses"][0]["loss/generation"] > expected + 0.3, "the two losses must be far apart"

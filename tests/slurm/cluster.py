@@ -6,8 +6,9 @@
     python -m tests.slurm.cluster boot NODE
     python -m tests.slurm.cluster stop
 
-Needs root and its own UTS name spaces (CAP_SYS_ADMIN); no systemd, no cgroups, no GPUs. All nodes share this machine's cores, files and
-loopback device. Two partitions: jobs in ``urgent`` preempt those in ``normal``, which are requeued after a grace time.
+Needs root and its own UTS name spaces (CAP_SYS_ADMIN); no systemd, no cgroups, no GPUs. All nodes share this
+machine's cores, files and loopback device. Two partitions: jobs in ``urgent`` preempt those in ``normal``, which are
+requeued after a grace time.
 """
 
 import os
