@@ -97,9 +97,9 @@ def test_train_under_torchrun_resume_evaluate_and_generate(digits_folder, tmp_pa
         "throughput/tokens_per_s",
         "routing/flops_share",
         "balance/planned_max_over_mean",
-        "kept_tokens/understanding/stage_0_layers_0-1",
     ):
         assert tag in tags, tags
+    assert any(tag.startswith("kept_tokens/understanding/stage_0_layers_0-") for tag in tags), tags
     # alone, on another world size, and to a later end
     log = launch("megavlm", "train", "digits", *tiny(digits_folder, run), "--optimizer.num_steps=8")
     assert "resuming after step 6" in log and "optimizer.num_steps: 6 -> 8" in log and "step 8/8" in log

@@ -11,6 +11,10 @@ import numpy as np
 import torch
 from torch import distributed
 
+if not torch.cuda.is_available():
+    # before anything imports DeepSpeed: it would complain on standard output, where results go
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 
 @dataclass(frozen=True)
 class World:
@@ -95,7 +99,6 @@ def start(timeout_s: int) -> World:
     if has_cuda:
         torch.cuda.set_device(device)
     else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         # or DeepSpeed compiles a shared-memory all-reduce for half a minute, at every first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
