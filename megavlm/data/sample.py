@@ -35,6 +35,8 @@ class Coordinates(NamedTuple):
     """Number of the shard in the source's list."""
     index: int
     """Number of the sample in the shard."""
+    piece: int = 0
+    """Number of the piece, where an over-long sample was split."""
 
 
 class Segment(BaseModel):
@@ -84,8 +86,8 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def parse_sample(key: str, members: dict[str, bytes], coordinates: Coordinates) -> Sample:
-    """Decode the members of one WebDataset sample.
+def parse_record(members: dict[str, bytes]) -> Record:
+    """The JSON member of a sample in our own schema.
 
     Raises:
         DataError: Without a place, which the caller knows and adds.
@@ -94,18 +96,34 @@ def parse_sample(key: str, members: dict[str, bytes], coordinates: Coordinates) 
         raise DataError(f"the sample has no json member, only {sorted(members)}", "write samples in the schema of megavlm")
     try:
         # json.loads before pydantic: its messages count lines and columns
-        record = Record.model_validate(json.loads(members["json"].decode("utf-8")))
+        return Record.model_validate(json.loads(members["json"].decode("utf-8")))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"broken JSON: {error}", "write the json member as UTF-8 JSON") from error
     except ValidationError as error:
         mistakes = "; ".join(f"{'.'.join(map(str, m['loc']))}: {m['msg']}" for m in error.errors())
         raise DataError(f"JSON does not follow the sample schema: {mistakes}", "correct the json member") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise DataError(f"broken JSON: {error}", "write the json member as UTF-8 JSON") from error
+
+
+def parse_sample(key: str, members: dict[str, bytes], coordinates: Coordinates) -> Sample:
+    """Decode the members of one sample in our own schema.
+
+    Raises:
+        DataError: Without a place, which the caller knows and adds.
+    """
+    record = parse_record(members)
     names = dict.fromkeys(segment.image for segment in record.segments if segment.image is not None)
-    images = {name: _decode_image(name, members) for name in names}
+    images = {name: decode_image(name, members) for name in names}
     return Sample(key, record.task, record.segments, images, coordinates, record.meta)
 
 
-def _decode_image(name: str, members: dict[str, bytes]) -> np.ndarray:
+def decode_image(name: str, members: dict[str, bytes]) -> np.ndarray:
+    """The image that a segment names: uint8 RGB ``[H, W, 3]``, or int64 codes ``[height, width]`` from an npy member.
+
+    Raises:
+        DataError: Without a place, which the caller knows and adds.
+    """
     for kind in IMAGE_TYPES:
         if (content := members.get(f"{name}.{kind}")) is not None:
             return _decode_codes(name, content) if kind == "npy" else _decode_pixels(f"{name}.{kind}", content)
