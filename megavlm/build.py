@@ -12,6 +12,7 @@ from megavlm.data.encode import Encoder
 from megavlm.data.lane import Lane
 from megavlm.data.mixture import estimate_mixture
 from megavlm.data.pack import Costing
+from megavlm.data.simulate import Situation
 from megavlm.data.sources import State, make_sources
 from megavlm.data.urls import Opener
 from megavlm.model.backbone import Backbone, make_causal_lm
@@ -78,6 +79,17 @@ def with_mixture(config: RunConfig) -> RunConfig:
     open_url = Opener(data.retries, data.cache_dir, data.cache_gib)
     mixture = estimate_mixture(make_sources(data.sources), encoder, data.mixture_samples, data.pack_tokens, open_url)
     return config.model_copy(update={"data": data.model_copy(update={"mixture": mixture})})
+
+
+def situation_of(config: RunConfig) -> Situation:
+    """What `megavlm data simulate` needs of a recipe: its mixture, route and model."""
+    config = with_mixture(config)
+    shape = model_shape(config, build_vocabulary(config))
+    costing = Costing(build_routing_plan(config, shape.num_layers), shape)
+    routing = config.routing
+    # between warm-up and dense finish, where the route is in full
+    middle = (1 + routing.warmup_fraction - routing.dense_finish_fraction) / 2
+    return Situation(config.data.mixture, costing, config.data, config.seed, int(config.optimizer.num_steps * middle))
 
 
 @dataclass

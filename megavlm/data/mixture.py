@@ -63,10 +63,12 @@ def _estimate(number: int, source: Source, encoder: Encoder, num_samples: int, m
     indexes = [read_index(url) for url in source.urls]
     size = sum(index.samples for index in indexes) if all(indexes) else None
     counted: dict[Layout, int] = {}
-    shards = np.unique(np.linspace(0, len(source.urls) - 1, NUM_SAMPLED_SHARDS).round().astype(int)).tolist()
+    # some of shards spread over the source; where they are too short for that, more of them
+    spread = np.linspace(0, len(source.urls) - 1, NUM_SAMPLED_SHARDS).round().astype(int).tolist()
+    shards = list(dict.fromkeys([*spread, *range(len(source.urls))]))
     for shard in shards:
         reading = read_shard(source.urls[shard], source.name, open_url)
-        for index, (key, members) in enumerate(islice(reading, -(-num_samples // len(shards)))):
+        for index, (key, members) in enumerate(islice(reading, -(-num_samples // min(len(shards), NUM_SAMPLED_SHARDS)))):
             place = Coordinates(number, 0, shard, index)
             try:
                 layout = Layout.of(encoder(formats.parse(key, members, source.settings, place, encoder.seed)))
@@ -74,6 +76,8 @@ def _estimate(number: int, source: Source, encoder: Encoder, num_samples: int, m
                 continue  # counted and reported when a lane comes to it
             if layout.num_tokens <= max_tokens:
                 counted[layout] = counted.get(layout, 0) + 1
+        if sum(counted.values()) >= num_samples:
+            break
     if not counted:
         raise DataError(
             f"no usable sample of at most {max_tokens} tokens where the source was looked at",
