@@ -154,7 +154,8 @@ def _decode_codes(name: str, content: bytes) -> np.ndarray:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, fortran_order, dtype = read_header(stream)
-    except (ValueError, KeyError) as error:
+    # numpy tokenizes the header as Python and raises whatever that stumbles over: ValueError, TokenError, SyntaxError, …
+    except Exception as error:
         raise DataError(f"{name}.npy is not an npy file: {error}", remedy) from error
     # judged by its header, before anything is allocated; an array of objects would be a pickle
     if dtype.kind not in "iu" or len(shape) != 2 or min(shape) < 1:

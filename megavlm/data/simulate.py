@@ -35,7 +35,7 @@ SHAPE_7B = ModelShape(
 
 
 class KeepAfter(Policy):
-    """A share of the image tokens stays after a layer."""
+    """A share of the image tokens stays after a layer: the route of the standard mixture."""
 
     policy: str = "keep_after"
     after_layer: int
@@ -56,8 +56,8 @@ def sketch_mixture(num_samples: int = 4096, seed: int = 0) -> Mixture:
     sides = rng.integers(16, 49, num_samples).tolist()
     drawn = rng.choice([256, 1024], num_samples).tolist()
     # <bos> <boi> <eoi> <eos>; the last two of them have a loss where the image has one
-    read = [Layout(side**2 + text + 4, text // 2 + 1, ((side**2, UNDERSTANDING),)) for side, text in zip(sides, texts[0])]
-    draw = [Layout(image + text + 4, image + 3, ((image, GENERATION),)) for image, text in zip(drawn, texts[1])]
+    read = [Layout(side**2 + text + 4, text // 2 + 1, 0, ((side**2, UNDERSTANDING),)) for side, text in zip(sides, texts[0])]
+    draw = [Layout(image + text + 4, image + 3, text + 1, ((image, GENERATION),)) for image, text in zip(drawn, texts[1])]
     return {
         name: SourceMixture(num_samples=None, layouts=[(1, layout) for layout in layouts])
         for name, layouts in (("understanding", read), ("generation", draw))
