@@ -13,7 +13,7 @@ draws wanders; without this the surplus of one kind would gather in the look-ahe
 TOLERANCE = 5e-4
 """Good enough: deviation from the target, summed over stages and total, relative to the whole cost."""
 POOR, MAX_ATTEMPTS = 8e-3, 3
-"""A pack that is still further off is built again from another random filling, so many times at most; the best is taken."""
+"""A pack that is still further off is built again from another random filling, so many times at most, while that helps."""
 TOTAL_WEIGHT = 1.0
 """Weight of the deviation of the total cost beside those of the single stages."""
 MAX_MOVES = 24
@@ -49,9 +49,11 @@ def choose(
         search = _Search(costs_nc, tokens_n, target_c, max_tokens)
         search.fill(rng)
         search.improve(rng)
-        if best is None or search.distance < best.distance:
+        # where the samples are all alike, another filling ends at the same place
+        stuck = best is not None and search.distance >= best.distance - 1e-9
+        if not stuck:
             best = search
-        if best.distance < POOR:
+        if stuck or best.distance < POOR:
             break
     return np.flatnonzero(best.chosen).tolist()
 

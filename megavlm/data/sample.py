@@ -12,6 +12,7 @@ import io
 import json
 import warnings
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from megavlm.errors import DataError
+
+MAX_NPY_HEADER_BYTES = 4096
 
 TASKS = ("understanding", "generation", "text")
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp", "npy")
@@ -146,21 +149,27 @@ def _decode_pixels(member: str, content: bytes) -> np.ndarray:
 
 def _decode_codes(name: str, content: bytes) -> np.ndarray:
     remedy = "write codes with numpy.save as a two-dimensional integer array"
-    stream = io.BytesIO(content)
+    # a header ends with its first line
     try:
-        version = np.lib.format.read_magic(stream)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran_order, dtype = read_header(stream)
+        shape, fortran_order, dtype, begin = _npy_header(content[: content.index(b"\n", 0, MAX_NPY_HEADER_BYTES) + 1])
     # numpy tokenizes the header as Python and raises whatever that stumbles over: ValueError, TokenError, SyntaxError, …
     except Exception as error:
         raise DataError(f"{name}.npy is not an npy file: {error}", remedy) from error
     # judged by its header, before anything is allocated; an array of objects would be a pickle
     if dtype.kind not in "iu" or len(shape) != 2 or min(shape) < 1:
         raise DataError(f"{name}.npy holds {dtype} of shape {shape}, not codes", remedy)
-    payload = content[stream.tell() :]
-    if len(payload) != shape[0] * shape[1] * dtype.itemsize:
-        raise DataError(f"{name}.npy says {shape} {dtype} but holds {len(payload)} bytes", remedy)
-    return np.frombuffer(payload, dtype).reshape(shape, order="F" if fortran_order else "C").astype(np.int64)
+    if len(content) - begin != shape[0] * shape[1] * dtype.itemsize:
+        raise DataError(f"{name}.npy says {shape} {dtype} but holds {len(content) - begin} bytes", remedy)
+    return np.frombuffer(content, dtype, offset=begin).reshape(shape, order="F" if fortran_order else "C").astype(np.int64)
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, order, type and length of the header. Images of one size have the same: parsing it is slow."""
+    stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    return *read_header(stream), stream.tell()
