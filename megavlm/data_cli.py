@@ -24,6 +24,23 @@ class DataCommands:
         written = digits.write(Path(str(out)))
         print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
 
+    def shapes(self, out: str, pixels: int = 32, num_train: int = 20000, num_test: int = 1000, seed: int = 0):
+        """Write the benchmark `shapes` as WebDataset shards, with its text model.
+
+        Scenes of one to four coloured shapes, as questions with exact answers and as requests for images.
+
+        Args:
+            out: Folder to write to.
+            pixels: Side of the images, 32 to 256.
+            num_train: Training samples per task.
+            num_test: Test samples per task; each shows a composition that is not in the training samples.
+            seed: Another seed is other scenes.
+        """
+        from megavlm.benchmarks import shapes
+
+        written = shapes.write(Path(str(out)), pixels, num_train, num_test, seed)
+        print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
+
     def index(self, shards):
         """Count local shards and write an index beside each: shard.tar.index.json.
 
