@@ -77,7 +77,8 @@ def with_mixture(config: RunConfig) -> RunConfig:
         return config
     encoder = build_encoder(config, data.unconditional_ratio)
     open_url = Opener(data.retries, data.cache_dir, data.cache_gib)
-    mixture = estimate_mixture(make_sources(data.sources), encoder, data.mixture_samples, data.pack_tokens, open_url)
+    sources = make_sources(data.sources)
+    mixture = estimate_mixture(sources, encoder, data.mixture_samples, data.pack_tokens, data.over_long, open_url)
     return config.model_copy(update={"data": data.model_copy(update={"mixture": mixture})})
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from megavlm.data import formats
 from megavlm.data.encode import Encoder, GridOnly
 from megavlm.data.index import read_index
+from megavlm.data.overlong import encode_within
 from megavlm.data.pack import Costing, Layout
 from megavlm.data.sample import Coordinates
 from megavlm.data.shards import read_shard
@@ -38,7 +39,9 @@ class SourceMixture(Settings):
 Mixture = dict[str, SourceMixture]
 
 
-def estimate_mixture(sources: list[Source], encoder: Encoder, num_samples: int, max_tokens: int, open_url=Opener()) -> Mixture:
+def estimate_mixture(
+    sources: list[Source], encoder: Encoder, num_samples: int, max_tokens: int, over_long: str, open_url=Opener()
+) -> Mixture:
     """Look at every source: all of it where indexes tell the layouts, else the first samples of shards spread over it.
 
     Deterministic. Images are not tokenized: their grids are enough.
@@ -47,19 +50,22 @@ def estimate_mixture(sources: list[Source], encoder: Encoder, num_samples: int, 
         sources: The sources.
         encoder: Of the run.
         num_samples: How many samples of a source are read where there is no index.
-        max_tokens: Longer samples are left out; the run's policy deals with them.
+        max_tokens: Of a pack.
+        over_long: What becomes of longer samples.
         open_url: Opens shards.
     """
     encoder = Encoder(
         encoder.vocabulary, GridOnly(encoder.image_tokenizer), encoder.unconditional_ratio, encoder.seed
     )
     return {
-        source.name: _estimate(number, source, encoder, num_samples, max_tokens, open_url)
+        source.name: _estimate(number, source, encoder, num_samples, max_tokens, over_long, open_url)
         for number, source in enumerate(sources)
     }
 
 
-def _estimate(number: int, source: Source, encoder: Encoder, num_samples: int, max_tokens: int, open_url) -> SourceMixture:
+def _estimate(
+    number: int, source: Source, encoder: Encoder, num_samples: int, max_tokens: int, over_long: str, open_url
+) -> SourceMixture:
     indexes = [read_index(url) for url in source.urls]
     size = sum(index.samples for index in indexes) if all(indexes) else None
     counted: dict[Layout, int] = {}
@@ -71,10 +77,11 @@ def _estimate(number: int, source: Source, encoder: Encoder, num_samples: int, m
         for index, (key, members) in enumerate(islice(reading, -(-num_samples // min(len(shards), NUM_SAMPLED_SHARDS)))):
             place = Coordinates(number, 0, shard, index)
             try:
-                layout = Layout.of(encoder(formats.parse(key, members, source.settings, place, encoder.seed)))
+                sample = formats.parse(key, members, source.settings, place, encoder.seed)
+                layouts = [Layout.of(piece) for piece in encode_within(sample, encoder, max_tokens, over_long)[0]]
             except DataError:
                 continue  # counted and reported when a lane comes to it
-            if layout.num_tokens <= max_tokens:
+            for layout in layouts:
                 counted[layout] = counted.get(layout, 0) + 1
         if sum(counted.values()) >= num_samples:
             break
