@@ -9,16 +9,17 @@ from transformers import AutoConfig
 from megavlm.config import RunConfig
 from megavlm.costs import ModelShape
 from megavlm.data.encode import Encoder
-from megavlm.data.lane import Lane, State, estimate_mixture, make_sources
+from megavlm.data.lane import Lane
+from megavlm.data.mixture import estimate_mixture
 from megavlm.data.pack import Costing
+from megavlm.data.simulate import Situation
+from megavlm.data.sources import State, make_sources
+from megavlm.data.urls import Opener
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.image_tokenizer import ImageTokenizer, PixelTokenizer
 from megavlm.routing.policies import Dense
 from megavlm.routing.route import RoutingPlan, Schedule
 from megavlm.vocabulary import Vocabulary
-
-MIXTURE_SAMPLES = 32
-"""Samples of each source from which the packs' target cost is estimated."""
 
 
 def build_image_tokenizer(config: RunConfig) -> ImageTokenizer:
@@ -70,12 +71,26 @@ def model_shape(config: RunConfig, vocabulary: Vocabulary) -> ModelShape:
 
 
 def with_mixture(config: RunConfig) -> RunConfig:
-    """The configuration with ``data.mixture`` filled in, if it is not yet."""
-    if config.data.mixture is not None:
+    """The configuration with ``data.mixture`` filled in, if it is not yet, or is that of other sources."""
+    data = config.data
+    if data.mixture is not None and list(data.mixture) == list(data.sources):
         return config
-    encoder = build_encoder(config, config.data.unconditional_ratio)
-    mixture = estimate_mixture(make_sources(config.data.sources), encoder, MIXTURE_SAMPLES)
-    return config.model_copy(update={"data": config.data.model_copy(update={"mixture": mixture})})
+    encoder = build_encoder(config, data.unconditional_ratio)
+    open_url = Opener(data.retries, data.cache_dir, data.cache_gib)
+    sources = make_sources(data.sources)
+    mixture = estimate_mixture(sources, encoder, data.mixture_samples, data.pack_tokens, data.over_long, open_url)
+    return config.model_copy(update={"data": data.model_copy(update={"mixture": mixture})})
+
+
+def situation_of(config: RunConfig) -> Situation:
+    """What `megavlm data simulate` needs of a recipe: its mixture, route and model."""
+    config = with_mixture(config)
+    shape = model_shape(config, build_vocabulary(config))
+    costing = Costing(build_routing_plan(config, shape.num_layers), shape)
+    routing = config.routing
+    # between warm-up and dense finish, where the route is in full
+    middle = (1 + routing.warmup_fraction - routing.dense_finish_fraction) / 2
+    return Situation(config.data.mixture, costing, config.data, config.seed, int(config.optimizer.num_steps * middle))
 
 
 @dataclass
@@ -91,7 +106,7 @@ class LaneFactory:
     def __call__(self, number: int, state: State | None = None) -> Lane:
         sources, encoder, costing = self._parts
         data = self.config.data
-        return Lane(number, data.num_lanes, sources, encoder, costing, data.mixture, data, self.config.seed, state)
+        return Lane(number, sources, encoder, costing, data.mixture, data, self.config.seed, state)
 
     @cached_property
     def _parts(self) -> tuple[list, Encoder, Costing]:

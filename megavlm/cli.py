@@ -6,39 +6,11 @@ import sys
 import warnings
 from pathlib import Path
 
+from megavlm.data_cli import DataCommands
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.run_commands import CheckpointCommands, RunCommands
 
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
-
-
-class DataCommands:
-    """Write and look at data."""
-
-    def digits(self, out: str):
-        """Write the benchmark `digits` as WebDataset shards, with its text model.
-
-        Real handwritten digits, 8x8 pixels, as questions about images and as requests for images.
-
-        Args:
-            out: Folder to write to.
-        """
-        from megavlm.benchmarks import digits
-
-        written = digits.write(Path(str(out)))
-        print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
-
-    def inspect(self, shards, out: str = "contact_sheet.png"):
-        """Show what is in shards: a table, every problem with its place, and a contact sheet.
-
-        Args:
-            shards: Path or URL, braces expand: "data/digits/generation-train-{00..07}.tar".
-            out: Where the contact sheet goes (PNG).
-        """
-        from megavlm.data.inspect import inspect
-
-        print(inspect(list(shards) if isinstance(shards, (list, tuple)) else str(shards), Path(str(out))), end="")
-        print(f"contact sheet: {out}")
 
 
 class Commands(RunCommands):

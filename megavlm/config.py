@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError
 
-from megavlm.data.pack import Layout
+from megavlm.data.mixture import SourceMixture
+from megavlm.data.overlong import OVER_LONG
+from megavlm.data.sources import ALLOWED
 from megavlm.errors import ConfigError
 from megavlm.routing.policies import POLICIES, AnyPolicy, Dense, Policy
 from megavlm.settings import Settings
@@ -56,7 +58,20 @@ class SourceConfig(Settings):
     shards: str | list[str]
     """URL or list of URLs; braces expand: `data/train-{0000..0015}.tar`. Also `file:`, `pipe:` and `http:`."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of the samples drawn from this source, relative to the other weights."""
+    """Share of the samples (or tokens, see `data.weights`) drawn from this source, relative to the other weights."""
+    repeat: Annotated[float, Field(gt=0)] | None = None
+    """Instead of weights, for all sources: shares follow from the sources' sizes, and a sample of this source comes up so many times
+    while one of a source with 1 comes up once. Needs indexes (`megavlm data index`)."""
+    epochs: Positive | None = None
+    """The source ends after so many epochs; 1 makes it finite, for evaluation. Endless if not given."""
+    format: str = "megavlm"
+    """How samples are written: megavlm, img2dataset, llava, text, interleaved, or `module:function` (see `megavlm.data.formats`)."""
+    generation_ratio: Share = 0.5
+    """img2dataset, interleaved: share of the images that are drawn instead of read."""
+    caption_requests: Annotated[list[str], Field(min_length=1)] = ["Describe the image.", "What does the image show?"]
+    """img2dataset: what is asked when a caption is the answer."""
+    image_root: str | None = None
+    """llava: folder of the images that the JSON names; none if they are in the tar."""
 
 
 class DataConfig(Settings):
@@ -68,9 +83,15 @@ class DataConfig(Settings):
     """Independent streams of packs = packs per optimizer step. The world size must divide it."""
     pack_tokens: Positive = 8192
     """Upper bound of a pack's length in tokens (memory)."""
-    look_ahead_samples: Positive = 64
+    weights: Literal["samples", "tokens"] = "samples"
+    """What the sources' weights share out."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Weights are raised to 1/temperature: above 1 evens them out (arXiv 1907.05019)."""
+    look_ahead_samples: Positive = 256
     """Samples that a lane holds to choose from. Also the longest wait of a sample, counted in packs of its lane."""
-    fill: Annotated[float, Field(gt=0, le=1)] = 0.97
+    over_long: Literal[OVER_LONG] = "error"
+    """What happens to samples longer than a pack (`megavlm.data.overlong`). All are counted."""
+    fill: Annotated[float, Field(gt=0, le=1)] = 0.985
     """The packs' target cost, as a share of the mean cost of `pack_tokens` tokens of the mixture."""
     unconditional_ratio: Share = 0.1
     """Share of generation prompts replaced by `<unconditional>`, for classifier-free guidance (Ho & Salimans 2022)."""
@@ -80,9 +101,18 @@ class DataConfig(Settings):
     """Packs that each worker prepares ahead."""
     max_errors: Annotated[int, Field(ge=0)] = 0
     """Bad samples or shards that each lane counts, reports and passes over before it stops the run."""
-    mixture: list[tuple[float, Layout]] | None = None
-    """Filled in at the start of a run and kept with it: sampled layouts, from which the packs' target cost is computed:
-    [weight, [tokens, labelled tokens, [[length, task] of each image span]]]."""
+    when_sources_change: Literal[tuple(ALLOWED)] = "strict"
+    """If sources differ from the checkpoint's: an error, or go on where sources were added, added or removed, or changed in any way."""
+    retries: Annotated[int, Field(ge=0)] = 5
+    """How often in a row an HTTP connection is tried again."""
+    cache_dir: str | None = None
+    """Folder for local copies of shards that are not local files; none are kept if not given."""
+    cache_gib: Annotated[float, Field(gt=0)] = 100.0
+    """Size limit of that folder; the copies used longest ago are removed."""
+    mixture_samples: Positive = 512
+    """Samples of each source that are looked at for the packs' target cost."""
+    mixture: dict[str, SourceMixture] | None = None
+    """Filled in at the start of a run and kept with it: what was found, per source."""
 
 
 class RoutingConfig(Settings):

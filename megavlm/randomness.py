@@ -19,6 +19,8 @@ class Purpose(IntEnum):
     SELECTION = 5
     MODULES = 6
     DRAWING = 7
+    FORMAT = 8
+    SYNTHETIC = 9
 
 
 def stream(seed: int, purpose: Purpose, *coordinates: int) -> np.random.Generator:

@@ -26,6 +26,45 @@ def test_digits_are_written_once(monkeypatch, digits_folder, tmp_path, capsys):
     assert "already holds shards" in capsys.readouterr().err
 
 
+def test_lint_stats_and_preview(monkeypatch, digits_folder, tmp_path, capsys):
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes((digits_folder / "generation-test-00.tar").read_bytes()[:50_000])
+    good = f"{digits_folder}/understanding-train-{{00..01}}.tar"
+    megavlm(monkeypatch, "data", "lint", good)
+    assert "360 samples, 0 problems" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        megavlm(monkeypatch, "data", "lint", broken)
+    out = capsys.readouterr().out
+    assert "cut short" in out and str(broken) in out and "1 problems" in out
+    megavlm(monkeypatch, "data", "stats", good, "--out", tmp_path / "stats.png")
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 360 and found["images"] == {"8x8": 360} and found["tasks"] == {"understanding": 360}
+    megavlm(monkeypatch, "data", "preview", good, "--out", tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000 and (tmp_path / "stats.png").stat().st_size > 5000
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<section>") == 40 and page.count("data:image/png") == 40
+
+
+def test_build_tokenizer_and_index(monkeypatch, tmp_path, capsys):
+    from PIL import Image
+
+    for i in range(5):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"a square of red number {i}")
+    megavlm(monkeypatch, "data", "build", tmp_path, tmp_path / "out", "--samples_per_shard=2")
+    assert "3 shards with 5 samples" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.tar.index.json"))) == 3
+    shards = f"{tmp_path}/out/{{000000..000002}}.tar"
+    megavlm(monkeypatch, "data", "lint", shards, "--format=img2dataset")
+    megavlm(monkeypatch, "data", "tokenizer", shards, tmp_path / "t.model", "--vocab_size=300", "--format=img2dataset")
+    assert "5 samples, 0 problems" in capsys.readouterr().out and (tmp_path / "t.model").is_file()
+    lines = [{"id": "x", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "red"}]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    megavlm(monkeypatch, "data", "build", tmp_path / "a.jsonl", tmp_path / "llava")
+    megavlm(monkeypatch, "data", "lint", tmp_path / "llava" / "000000.tar", "--format=llava")
+    assert "1 samples, 0 problems" in capsys.readouterr().out
+
+
 def test_inspect_shows_samples_problems_and_a_contact_sheet(monkeypatch, digits_folder, tmp_path, capsys):
     broken = tmp_path / "broken.tar"
     broken.write_bytes((digits_folder / "generation-test-00.tar").read_bytes()[:50_000])
@@ -44,7 +83,7 @@ def test_inspect_shows_samples_problems_and_a_contact_sheet(monkeypatch, digits_
         (["train", "digits", "--optimizer.num_steps=many"], "optimizer.num_steps: Input should be a valid integer"),
         (["train", "nothing"], "no file nothing"),
         (["evaluate", "/nowhere"], "/nowhere is not a run folder"),
-        (["data", "inspect", "/nowhere.tar"], "the shard does not exist"),
+        (["data", "lint", "/nowhere.tar"], "the shard does not exist"),
     ],
 )
 def test_mistakes_end_with_a_message_and_status_2(monkeypatch, capsys, arguments, message):
@@ -97,6 +136,7 @@ def test_train_under_torchrun_resume_evaluate_and_generate(digits_folder, tmp_pa
         "throughput/tokens_per_s",
         "routing/flops_share",
         "balance/planned_max_over_mean",
+        "kept_tokens/understanding/stage_0_layers_0-0",
     ):
         assert tag in tags, tags
     assert any(tag.startswith("kept_tokens/understanding/stage_0_layers_0-") for tag in tags), tags

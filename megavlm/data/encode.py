@@ -104,26 +104,30 @@ class Encoder:
             DataError: Without a place, where codes lie outside the codebook or have the wrong grid.
         """
         vocabulary = self.vocabulary
-        ids, losses, tasks, spans = [vocabulary.bos], [False], [TEXT], []
+        parts, losses, tasks, spans = [[vocabulary.bos]], [False], [TEXT], []
         text_task = TEXT if sample.task == "text" else UNDERSTANDING
         unconditional = sample.task == "generation" and self._is_unconditional(sample.coordinates)
+        num_tokens = 1
         for segment in sample.segments:
+            task = text_task
             if segment.image is not None:
                 codes_hw = self._codes(segment.image, sample.images[segment.image])
-                spans.append(Span(len(ids) + 1, *codes_hw.shape, segment.loss))
-                new = [vocabulary.boi, *vocabulary.encode_codes(codes_hw).tolist(), vocabulary.eoi]
-                task = GENERATION if segment.loss else text_task
-            elif unconditional and not segment.loss:
-                new, task = [vocabulary.unconditional], text_task
+                spans.append(Span(num_tokens + 1, *codes_hw.shape, segment.loss))
+                parts += [[vocabulary.boi], vocabulary.encode_codes(codes_hw)]
+                num_new = codes_hw.size + 2
+                new, task = [vocabulary.eoi], GENERATION if segment.loss else text_task
             else:
-                new, task = vocabulary.encode_text(segment.text), text_task
-            ids += new
-            losses += [segment.loss] * len(new)
-            tasks += [task] * len(new)
+                drop = unconditional and not segment.loss
+                new = [vocabulary.unconditional] if drop else vocabulary.encode_text(segment.text)
+                num_new = len(new)
+            parts.append(new)
+            num_tokens += num_new
+            losses += [segment.loss] * num_new
+            tasks += [task] * num_new
         return EncodedSample(
             key=sample.key,
             coordinates=sample.coordinates,
-            tokens=np.array([*ids, vocabulary.eos], np.int64),
+            tokens=np.concatenate([*parts, [vocabulary.eos]]).astype(np.int64, copy=False),
             has_loss=np.array([*losses, losses[-1]]),
             tasks=np.array([*tasks, tasks[-1]], np.int64),
             spans=tuple(spans),
@@ -131,7 +135,7 @@ class Encoder:
         )
 
     def _is_unconditional(self, coordinates: Coordinates) -> bool:
-        return stream(self.seed, Purpose.SAMPLE, *coordinates).random() < self.unconditional_ratio
+        return stream(self.seed, Purpose.SAMPLE, *coordinates[:4]).random() < self.unconditional_ratio
 
     def _codes(self, name: str, image: np.ndarray) -> np.ndarray:
         """uint8 pixels are tokenized; int64 codes, made before, are checked."""
@@ -144,3 +148,17 @@ class Encoder:
                 "tokenize the images with the run's image tokenizer (vocabulary.image_tokenizer)",
             )
         return image
+
+
+class GridOnly:
+    """An image tokenizer's grid without its work: all codes are 0. For layouts, which depend on sizes only."""
+
+    def __init__(self, image_tokenizer: ImageTokenizer):
+        self.codebook_size = image_tokenizer.codebook_size
+        self.height, self.width = image_tokenizer.height, image_tokenizer.width
+
+    def encode(self, images_NHWC: np.ndarray) -> np.ndarray:
+        return np.zeros((len(images_NHWC), self.height, self.width), np.int64)
+
+    def decode(self, codes_Nhw: np.ndarray) -> np.ndarray:
+        raise NotImplementedError

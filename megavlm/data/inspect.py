@@ -8,19 +8,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megavlm.data.sample import Coordinates, Sample, parse_sample
-from megavlm.data.shards import expand_shards, read_shard
-from megavlm.errors import DataError
+from megavlm.data.lint import Report, read_samples
+from megavlm.data.sample import Sample
 from megavlm.monitor.pictures import save_grid
 
 SHEET_SAMPLES = 40
 
 
-def inspect(shards: str | list[str], out: Path) -> str:
+def inspect(urls: list[str], source, out: Path) -> str:
     """Read shards to their end and describe them.
 
     Args:
-        shards: URLs; braces expand.
+        urls: The shards.
+        source: A `SourceConfig`, for the format of the samples.
         out: Contact sheet to write (PNG).
 
     Returns:
@@ -28,9 +28,10 @@ def inspect(shards: str | list[str], out: Path) -> str:
     """
     table = Table("shard", "samples", "tasks", "images", "sizes", "characters", "problems")
     problems, shown = [], []
-    for url in expand_shards("shards", shards):
-        samples, found = _read(url)
-        problems += found
+    for url in urls:
+        found = Report()
+        samples = list(read_samples([url], source, found))
+        problems += found.problems
         shown += samples[: max(0, SHEET_SAMPLES - len(shown))]
         images = [image for sample in samples for image in sample.images.values()]
         characters = [sum(len(segment.text or "") for segment in sample.segments) for sample in samples]
@@ -41,27 +42,13 @@ def inspect(shards: str | list[str], out: Path) -> str:
             str(len(images)),
             _counts(f"{im.shape[1]}x{im.shape[0]}" + (" codes" if im.dtype == np.int64 else "") for im in images),
             f"{np.mean(characters):.0f} on average" if characters else "",
-            str(len(found)),
+            str(len(found.problems)),
         )
     if any(sample.images for sample in shown):
         _contact_sheet([sample for sample in shown if sample.images], out)
     text = io.StringIO()
     Console(file=text, width=140).print(table)
     return text.getvalue() + "".join(f"{problem}\n" for problem in problems)
-
-
-def _read(url: str) -> tuple[list[Sample], list[DataError]]:
-    samples, problems = [], []
-    try:
-        for index, (key, members) in enumerate(read_shard(url)):
-            try:
-                samples.append(parse_sample(key, members, Coordinates(0, 0, 0, index)))
-            except DataError as error:
-                error.shard, error.key = url, key
-                problems.append(error)
-    except DataError as error:
-        problems.append(error)
-    return samples, problems
 
 
 def _counts(values) -> str:

@@ -4,126 +4,56 @@ A lane's packs depend on the seed, the sources, ``num_lanes`` and its number, ne
 of a source every sample comes up exactly once over all lanes (P2). The state of a lane is a few plain integers that belong to the pack
 just yielded::
 
-    {"pack": 12, "draws": 217, "errors": 0,
-     "cursors": [[epoch, place, index], …],          one per source: the next sample to read
-     "waiting": [[source, epoch, shard, index], …]}  the look-ahead, oldest first
+    {"pack": 12,                                     packs so far
+     "counts": {"errors": 0, "skipped": 0, "truncated": 0, "split": 0},
+     "sources": {"captions": {"mark": 2868309, "cursor": [epoch, place, index], "pass": 51234}, …},
+     "waiting": [[source, epoch, shard, index, piece], …]}      the look-ahead, oldest first
 
-Resuming reads the waiting samples again by their coordinates and skips to the cursors within the current shards.
+The cursor is the next sample to read. Which source is read next is decided by stride scheduling (Waldspurger & Weihl 1995): each has
+a pass that grows by tokens / share with every sample, and the lowest pass is next, so a lane's tokens follow the shares at any time
+instead of wandering about them. Resuming reads the waiting samples again by their coordinates and skips to the cursors
+within the current shards; `Lane.read_again` says how many samples that were.
 """
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
+from megavlm.data import formats
+from megavlm.data.cursor import Cursor
 from megavlm.data.encode import EncodedSample, Encoder
+from megavlm.data.mixture import Mixture, target_flops, token_shares
+from megavlm.data.overlong import encode_within
 from megavlm.data.pack import Costing, Layout, Pack, build_pack
 from megavlm.data.packer import choose
-from megavlm.data.sample import Coordinates, parse_sample
-from megavlm.data.shards import expand_shards, read_shard
+from megavlm.data.sample import Coordinates
+from megavlm.data.shards import Members, read_shard
+from megavlm.data.sources import Source, State, adapt_state, fresh
+from megavlm.data.urls import Opener
 from megavlm.errors import DataError
 from megavlm.randomness import Purpose, stream
 
 log = logging.getLogger(__name__)
 
-State = dict[str, Any]
-Mixture = list[tuple[float, Layout]]
 
+class Waiting(NamedTuple):
+    """A place in the look-ahead."""
 
-@dataclass(frozen=True)
-class Source:
-    """A named list of shards with a weight in the mixture."""
-
-    name: str
-    urls: tuple[str, ...]
-    weight: float
-
-
-def make_sources(settings) -> list[Source]:
-    """The sources of a recipe (name → `SourceConfig`), in its order."""
-    return [
-        Source(name, tuple(expand_shards(name, source.shards)), source.weight) for name, source in settings.items()
-    ]
-
-
-def deal(num_shards: int, lane: int, num_lanes: int, seed: int, source: int, epoch: int) -> list[tuple[int, int, int]]:
-    """The part of a source that a lane reads in an epoch: ``(shard, offset, stride)``, samples offset, offset+stride, ….
-
-    Shards come in a random order. Each lane gets the same number of whole ones; those left over are cut into slices,
-    one for every lane.
-    """
-    order = stream(seed, Purpose.SHARD_ORDER, source, epoch).permutation(num_shards)
-    num_whole = num_shards // num_lanes * num_lanes
-    parts = [(int(shard), 0, 1) for shard in order[lane:num_whole:num_lanes]]
-    if left := order[num_whole:].tolist():
-        stride = len(range(lane % len(left), num_lanes, len(left)))
-        # slices rotate with the epoch, so that a lane does not meet the same samples again
-        parts.append((left[lane % len(left)], (lane // len(left) + epoch) % stride, stride))
-    return parts
-
-
-class Cursor:
-    """A lane's place in a source: an endless iterator of raw samples.
-
-    ``state`` is ``[epoch, place, index]``: the part of the epoch being read and the sample of its shard to look at next.
-    """
-
-    def __init__(self, source: Source, number: int, lane: int, num_lanes: int, seed: int, state: list[int]):
-        self.source, self.number, self.lane, self.num_lanes, self.seed = source, number, lane, num_lanes, seed
-        self.state = list(state)
-        self._samples = self._read()
-
-    def __next__(self) -> tuple[str, dict[str, bytes], Coordinates]:
-        """The next sample: key, members and coordinates.
-
-        Raises:
-            DataError: For an unreadable shard. The cursor has then moved on to the next one.
-        """
-        try:
-            return next(self._samples)
-        except DataError:
-            self.state = [self.state[0], self.state[1] + 1, 0]
-            self._samples = self._read()
-            raise
-
-    def _read(self) -> Iterator[tuple[str, dict[str, bytes], Coordinates]]:
-        empty_epochs = 0
-        while True:
-            epoch, place, first = self.state
-            num_found = 0
-            parts = deal(len(self.source.urls), self.lane, self.num_lanes, self.seed, self.number, epoch)
-            for place in range(place, len(parts)):
-                shard, offset, stride = parts[place]
-                for index, (key, members) in enumerate(read_shard(self.source.urls[shard], self.source.name)):
-                    if index >= first and index % stride == offset:
-                        num_found += 1
-                        self.state = [epoch, place, index + 1]
-                        yield key, members, Coordinates(self.number, epoch, shard, index)
-                self.state = [epoch, place + 1, 0]
-                first = 0
-            self.state = [epoch + 1, 0, 0]
-            # a slice of a short shard may be empty, but not in every rotation
-            empty_epochs = 0 if num_found else empty_epochs + 1
-            if empty_epochs > self.num_lanes + 1:
-                raise DataError(
-                    f"lane {self.lane} finds no samples in {empty_epochs} epochs",
-                    "fill the shards, or take the source out of the recipe",
-                    self.source.name,
-                )
+    sample: EncodedSample
+    layout: Layout
 
 
 class Lane:
-    """An iterator of ``(pack, state)``; ``state`` resumes right after that pack.
+    """An iterator of ``(pack, state)``; ``state`` resumes right after that pack. Ends where every source has a number of epochs.
 
     Args:
         number: Which lane, 0 … num_lanes-1.
-        num_lanes: How many there are.
         sources: The mixture.
         encoder: Turns samples into tokens.
         costing: Prices samples.
-        mixture: Sampled layouts (`estimate_mixture`) that set the target cost.
+        mixture: Sampled layouts (`estimate_mixture`) that set shares and target cost.
         settings: The recipe's `DataConfig`.
         seed: The run's seed.
         state: Where to go on; None starts at the beginning.
@@ -132,7 +62,6 @@ class Lane:
     def __init__(
         self,
         number: int,
-        num_lanes: int,
         sources: list[Source],
         encoder: Encoder,
         costing: Costing,
@@ -143,33 +72,48 @@ class Lane:
     ):
         self.number, self.sources, self.encoder, self.costing = number, sources, encoder, costing
         self.mixture, self.settings, self.seed = mixture, settings, seed
-        state = state or {"pack": 0, "draws": 0, "errors": 0, "cursors": [[0, 0, 0]] * len(sources), "waiting": []}
-        self.num_packs, self.num_draws, self.num_errors = state["pack"], state["draws"], state["errors"]
+        self.open_url = Opener(settings.retries, settings.cache_dir, settings.cache_gib)
+        self.shares = token_shares(mixture, settings)
+        state = self._adapted(state) if state else self._beginning()
+        self.num_packs, self.counts = state["pack"], dict(state["counts"])
+        entries = [state["sources"][source.name] for source in sources]
+        self.passes = [entry["pass"] for entry in entries]
         self.cursors = [
-            Cursor(source, i, number, num_lanes, seed, cursor)
-            for i, (source, cursor) in enumerate(zip(sources, state["cursors"], strict=True))
+            Cursor(source, i, number, settings.num_lanes, seed, entry["cursor"], self.open_url)
+            for i, (source, entry) in enumerate(zip(sources, entries, strict=True))
         ]
-        self.waiting = self._read_again([Coordinates(*c) for c in state["waiting"]])
-        self._weights = np.array([source.weight for source in sources])
+        self.read_again = {"look_ahead": 0, "heads": sum(entry["cursor"][2] for entry in entries)}
+        self.waiting = self._read_waiting([Coordinates(*place) for place in state["waiting"]])
+        self._finished: set[int] = set()
+        self._costs: tuple = (None, [])
+        self._target: tuple = (None, None)
+        if state["pack"]:
+            log.info(
+                "lane %d goes on after pack %d: read again %d samples for the look-ahead, %d at the heads of shards",
+                *(number, state["pack"], *self.read_again.values()),
+            )
 
     def __iter__(self) -> Iterator[tuple[Pack, State]]:
         return self
 
     def __next__(self) -> tuple[Pack, State]:
-        while len(self.waiting) < self.settings.look_ahead_samples:
+        while len(self.waiting) < self.settings.look_ahead_samples and len(self._finished) < len(self.sources):
             self._draw()
+        if not self.waiting:
+            raise StopIteration
         step = self.num_packs
         chosen = choose(
-            np.stack([self.costing.flops(Layout.of(sample), step) for sample in self.waiting]),
-            np.array([sample.num_tokens for sample in self.waiting]),
-            target_flops(self.mixture, self.costing, self.settings, step),
+            self._waiting_costs(step),
+            np.array([waiting.layout.num_tokens for waiting in self.waiting]),
+            self._target_at(step),
             self.settings.pack_tokens,
             stream(self.seed, Purpose.PACKING, self.number, step),
         )
-        samples = [self.waiting[i] for i in chosen]
+        samples = [self.waiting[i].sample for i in chosen]
         pack = build_pack(samples, self.costing, len(self.sources), self.number, step, self.seed)
         taken = set(chosen)
-        self.waiting = [sample for i, sample in enumerate(self.waiting) if i not in taken]
+        self.waiting = [waiting for i, waiting in enumerate(self.waiting) if i not in taken]
+        self._costs = (self._costs[0], [costs for i, costs in enumerate(self._costs[1]) if i not in taken])
         self.num_packs += 1
         return pack, self.state()
 
@@ -177,83 +121,96 @@ class Lane:
         """Plain integers from which an equal lane goes on."""
         return {
             "pack": self.num_packs,
-            "draws": self.num_draws,
-            "errors": self.num_errors,
-            "cursors": [list(cursor.state) for cursor in self.cursors],
-            "waiting": [list(sample.coordinates) for sample in self.waiting],
+            "counts": dict(self.counts),
+            "sources": {
+                source.name: {"mark": source.mark, "cursor": list(cursor.state), "pass": level}
+                for source, cursor, level in zip(self.sources, self.cursors, self.passes)
+            },
+            "waiting": [list(waiting.sample.coordinates) for waiting in self.waiting],
         }
 
-    def _draw(self) -> None:
-        """Let chance choose a source and put its next sample at the end of the look-ahead."""
-        chance = stream(self.seed, Purpose.MIXTURE, self.number, self.num_draws).random() * self._weights.sum()
-        number = int(np.searchsorted(np.cumsum(self._weights), chance, side="right"))
-        self.num_draws += 1
-        try:
-            key, members, coordinates = next(self.cursors[number])
-            self.waiting.append(self._encode(key, members, coordinates))
-        except DataError as error:
-            self.num_errors += 1
-            log.warning("lane %d, data error %d: %s", self.number, self.num_errors, error)
-            if self.num_errors > self.settings.max_errors:
-                raise
+    def _beginning(self) -> State:
+        # lanes begin at different places of the alternation, or all of them would take the same turns
+        offsets = stream(self.seed, Purpose.MIXTURE, self.number).random(len(self.sources))
+        spread = max(self.mixture[source.name].mean_tokens for source in self.sources) / self.shares
+        return {
+            "pack": 0,
+            "counts": dict.fromkeys(("errors", "skipped", "truncated", "split"), 0),
+            "sources": {s.name: fresh(s, int(o * w)) for s, o, w in zip(self.sources, offsets, spread)},
+            "waiting": [],
+        }
 
-    def _encode(self, key: str, members: dict[str, bytes], coordinates: Coordinates) -> EncodedSample:
-        source = self.sources[coordinates.source]
+    def _adapted(self, state: State) -> State:
+        state, account = adapt_state(state, self.sources, self.settings.when_sources_change)
+        # all lanes find the same
+        if account and self.number == 0:
+            log.warning("going on although the sources have changed since the checkpoint:%s", account)
+        return state
+
+    def _waiting_costs(self, step: int) -> np.ndarray:
+        moment, costs = self.costing.moment(step), self._costs[1] if self._costs[0] == self.costing.moment(step) else []
+        costs += [self.costing.flops(waiting.layout, step) for waiting in self.waiting[len(costs) :]]
+        self._costs = (moment, costs)
+        return np.array(costs)
+
+    def _target_at(self, step: int) -> np.ndarray:
+        when = (self.costing.moment(step), frozenset(self._finished))
+        if self._target[0] != when:
+            active = np.array([number not in self._finished for number in range(len(self.sources))])
+            shares = self.shares * (active if active.any() else True)
+            target = target_flops(self.mixture, shares / shares.sum(), self.costing, self.settings, step)
+            self._target = (when, target)
+        return self._target[1]
+
+    def _draw(self) -> None:
+        """Put the next sample of the source whose turn it is at the end of the look-ahead."""
+        number = min(
+            (n for n in range(len(self.sources)) if n not in self._finished), key=lambda n: (self.passes[n], n)
+        )
+        source, num_tokens = self.sources[number], self.mixture[self.sources[number].name].mean_tokens
         try:
-            sample = self.encoder(parse_sample(key, members, coordinates))
-            if sample.num_tokens > self.settings.pack_tokens:
-                raise DataError(
-                    f"the sample has {sample.num_tokens} tokens, a pack at most {self.settings.pack_tokens}",
-                    "raise data.pack_tokens or shorten the sample",
-                )
+            encoded = self._encode(*next(self.cursors[number]))
+            num_tokens = sum(sample.num_tokens for sample in encoded) or num_tokens
+            self.waiting += [Waiting(sample, Layout.of(sample)) for sample in encoded]
+        except StopIteration:
+            self._finished.add(number)
+            log.info("lane %d has come to the end of source %s", self.number, source.name)
+        except DataError as error:
+            self.counts["errors"] += 1
+            log.warning("lane %d, data error %d: %s", self.number, self.counts["errors"], error)
+            if self.counts["errors"] > self.settings.max_errors:
+                raise
+        self.passes[number] += round(num_tokens / self.shares[number])
+
+    def _encode(self, key: str, members: Members, coordinates: Coordinates) -> list[EncodedSample]:
+        source, settings = self.sources[coordinates.source], self.settings
+        try:
+            sample = formats.parse(key, members, source.settings, coordinates, self.seed)
+            encoded, action = encode_within(sample, self.encoder, settings.pack_tokens, settings.over_long)
         except DataError as error:
             error.source, error.shard, error.key = source.name, source.urls[coordinates.shard], key
             raise
-        return sample
+        if action:
+            self.counts[action] += 1
+            # the first, second, fourth, eighth, …
+            if self.counts[action].bit_count() == 1:
+                place = f"source {source.name}, shard {source.urls[coordinates.shard]}, sample {key}"
+                log.warning("lane %d, over-long sample %s (%d so far): %s", self.number, action, self.counts[action], place)
+        return encoded
 
-    def _read_again(self, waiting: list[Coordinates]) -> list[EncodedSample]:
+    def _read_waiting(self, places: list[Coordinates]) -> list[Waiting]:
         wanted: dict[tuple[int, int], dict[int, list[Coordinates]]] = {}
-        for place in waiting:
+        for place in places:
             wanted.setdefault((place.source, place.shard), {}).setdefault(place.index, []).append(place)
-        found = {}
-        for (source, shard), places in wanted.items():
-            last = max(places)
-            for index, (key, members) in enumerate(read_shard(self.sources[source].urls[shard], self.sources[source].name)):
-                for place in places.get(index, ()):
-                    found[place] = self._encode(key, members, place)
+        found, counts = {}, dict(self.counts)
+        for (number, shard), by_index in wanted.items():
+            last, source = max(by_index), self.sources[number]
+            for index, (key, members) in enumerate(read_shard(source.urls[shard], source.name, self.open_url)):
+                self.read_again["look_ahead"] += 1
+                for place in by_index.get(index, ()):
+                    pieces = self._encode(key, members, place._replace(piece=0))
+                    found[place] = next(sample for sample in pieces if sample.coordinates == place)
                 if index == last:
                     break
-        return [found[place] for place in waiting]
-
-
-def estimate_mixture(sources: list[Source], encoder: Encoder, num_samples: int) -> Mixture:
-    """Layouts of the first samples of every source, with weights: what an average sample of the mixture is like.
-
-    Returns:
-        ``(weight, layout)`` per sample; the weights sum to 1.
-    """
-    total = sum(source.weight for source in sources)
-    mixture = []
-    for number, source in enumerate(sources):
-        layouts = []
-        for key, members in read_shard(source.urls[0], source.name):
-            try:
-                layouts.append(Layout.of(encoder(parse_sample(key, members, Coordinates(number, 0, 0, len(layouts))))))
-            except DataError:
-                continue  # counted and reported when a lane comes to it
-            if len(layouts) == num_samples:
-                break
-        if not layouts:
-            raise DataError(
-                "the first shard has no usable sample", "run `megavlm data inspect` on it", source.name, source.urls[0]
-            )
-        share = source.weight / total / len(layouts)
-        mixture += [(share, layout) for layout in layouts]
-    return mixture
-
-
-def target_flops(mixture: Mixture, costing: Costing, settings, step: int) -> np.ndarray:
-    """The cost vector of every pack at this step: that of ``fill * pack_tokens`` tokens of the average mixture."""
-    costs = sum(weight * costing.flops(layout, step) for weight, layout in mixture)
-    mean_tokens = sum(weight * layout.num_tokens for weight, layout in mixture)
-    return costs * (settings.fill * settings.pack_tokens / mean_tokens)
+        self.counts = counts  # these were counted when they were first read
+        return [Waiting(found[place], Layout.of(found[place])) for place in places]

@@ -110,6 +110,13 @@ class Costing:
         # layouts recur, and so do steps at which the shares are the same
         self._cached = lru_cache(maxsize=65536)(self._flops)
 
+    def __reduce__(self):
+        return Costing, (self.plan, self.shape)  # the cache does not travel
+
+    def moment(self, step: int) -> float:
+        """What the costs of a step depend on: they are the same at two steps with equal moments."""
+        return self.plan.schedule.strength(step)
+
     def flops(self, layout: Layout, step: int) -> np.ndarray:
         """Forward FLOPs per stage, after routing, and of the output head ``[num_stages + 1]`` of one sample."""
         return self._cached(layout, self.plan.schedule.strength(step))

@@ -1,10 +1,26 @@
 """Packs of equal cost by construction: every lane builds every pack to the same target, without knowing the others.
 
 The cost of a sample is a vector, one entry per stage and one for the output head, because under ZeRO-3 the ranks wait for each
-other at every layer: equal totals with unequal stages still wait.
+other at every layer: equal totals with unequal stages still wait. A pack starts from the oldest waiting sample, is filled at random,
+and then improved by local search (add, remove, exchange one for one, one for two, two for one) until it meets the target.
 """
 
 import numpy as np
+
+LEAN = 0.02
+"""How far the target of a pack leans from the mixture's towards the look-ahead's own composition, at equal total cost. What a lane
+draws wanders; without this the surplus of one kind would gather in the look-ahead until it is full of it."""
+TOLERANCE = 5e-4
+"""Good enough: deviation from the target, summed over stages and total, relative to the whole cost."""
+POOR, MAX_ATTEMPTS = 8e-3, 3
+"""A pack that is still further off is built again from another random filling, so many times at most, while that helps."""
+TOTAL_WEIGHT = 1.0
+"""Weight of the deviation of the total cost beside those of the single stages."""
+MAX_MOVES = 24
+POOL = 64
+"""Waiting samples among which pairs are tried."""
+WINDOW = 16
+"""Pairs on either side of the wanted total cost that are looked at."""
 
 
 def choose(
@@ -12,8 +28,7 @@ def choose(
 ) -> list[int]:
     """Choose samples for one pack from a look-ahead whose oldest sample comes first.
 
-    The oldest is always taken, so no sample waits for more packs than the look-ahead has places. Then samples are taken at
-    random while there is plenty of room, then those that come closest to the target; swaps one for one finish.
+    The oldest is always taken, so no sample waits for more packs than the look-ahead has places.
 
     Args:
         costs_nc: Cost vector of each waiting sample.
@@ -25,44 +40,132 @@ def choose(
     Returns:
         Indices of the chosen samples, ascending; at least one.
     """
-    # a relative measure, in which each entry weighs by its share of the whole cost
-    scale = max(target_c.sum(), 1.0)
-    costs_nc, target_c = costs_nc / scale, target_c / scale
-    chosen = np.zeros(len(tokens_n), bool)
-    chosen[0] = True
-    missing_c, room = target_c - costs_nc[0], max_tokens - tokens_n[0]
-    largest = costs_nc.sum(1).max()
-    while True:
-        candidates = np.flatnonzero(~chosen & (tokens_n <= room))
-        if len(candidates) == 0:
+    costs_nc, target_c = _merge_proportional(costs_nc / max(target_c.sum(), 1.0), target_c / max(target_c.sum(), 1.0))
+    mean_c = costs_nc.mean(0)
+    if mean_c.sum() > 0:
+        target_c = (1 - LEAN) * target_c + LEAN * mean_c / mean_c.sum()
+    best = None
+    for _ in range(MAX_ATTEMPTS):
+        search = _Search(costs_nc, tokens_n, target_c, max_tokens)
+        search.fill(rng)
+        search.improve(rng)
+        # where the samples are all alike, another filling ends at the same place
+        stuck = best is not None and search.distance >= best.distance - 1e-9
+        if not stuck:
+            best = search
+        if stuck or best.distance < POOR:
             break
-        if missing_c.sum() > 3 * largest:
-            pick = rng.choice(candidates)
-        else:
-            distances = np.abs(missing_c - costs_nc[candidates]).sum(1)
-            pick = candidates[distances.argmin()]
-            if distances.min() >= np.abs(missing_c).sum():
-                break
-        chosen[pick] = True
-        missing_c, room = missing_c - costs_nc[pick], room - tokens_n[pick]
-    _swap(chosen, costs_nc, tokens_n, missing_c, room)
-    return np.flatnonzero(chosen).tolist()
+    return np.flatnonzero(best.chosen).tolist()
 
 
-def _swap(chosen: np.ndarray, costs_nc: np.ndarray, tokens_n: np.ndarray, missing_c: np.ndarray, room: int) -> None:
-    """Exchange chosen samples for waiting ones while that brings the pack closer to the target; in place."""
-    for _ in range(16):
-        # the oldest stays
-        inside, outside = np.flatnonzero(chosen)[1:], np.flatnonzero(~chosen)
-        if len(inside) == 0 or len(outside) == 0:
-            return
-        after_ioc = missing_c + costs_nc[inside][:, None] - costs_nc[outside][None]
-        distances_io = np.abs(after_ioc).sum(2)
-        too_long = tokens_n[outside][None] - tokens_n[inside][:, None] > room
-        distances_io[too_long] = np.inf
-        i, o = np.unravel_index(distances_io.argmin(), distances_io.shape)
-        if distances_io[i, o] >= np.abs(missing_c).sum() - 1e-12:
-            return
-        missing_c = after_ioc[i, o]
-        room += tokens_n[inside[i]] - tokens_n[outside[o]]
-        chosen[inside[i]], chosen[outside[o]] = False, True
+def _merge_proportional(costs_nc: np.ndarray, target_c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Add up entries that are multiples of each other, such as layers that keep equally many tokens: they say the same."""
+    sums_c = costs_nc.sum(0)
+    used = np.flatnonzero(sums_c)
+    # a projection tells columns apart: equal profiles give equal numbers
+    projection = np.modf(np.arange(1, len(costs_nc) + 1) * 0.6180339887498949)[0]
+    marks = np.round(projection @ (costs_nc[:, used] / sums_c[used]), 9)
+    _, group = np.unique(marks, return_inverse=True)
+    member_cg = np.zeros((len(used), group.max() + 1 if len(used) else 0))
+    member_cg[np.arange(len(used)), group] = 1
+    return costs_nc[:, used] @ member_cg, target_c[used] @ member_cg
+
+
+class _Search:
+    """A pack in the making: which samples it has, what cost it misses and how many tokens have room."""
+
+    def __init__(self, costs_nc: np.ndarray, tokens_n: np.ndarray, target_c: np.ndarray, max_tokens: int):
+        # the last entry is the total, so that one sum of absolute values judges stages and total together;
+        # the last sample stands for none: it costs nothing
+        self.costs_nc = np.zeros((len(costs_nc) + 1, costs_nc.shape[1] + 1))
+        self.costs_nc[:-1, :-1], self.costs_nc[:-1, -1] = costs_nc, TOTAL_WEIGHT * costs_nc.sum(1)
+        self.tokens_n = np.append(tokens_n, 0)
+        self.missing_c = np.append(target_c, TOTAL_WEIGHT * target_c.sum())
+        self.room = max_tokens
+        self.chosen = np.zeros(len(tokens_n), bool)
+        self._exchange([], [0])
+
+    @property
+    def distance(self) -> float:
+        return float(np.abs(self.missing_c).sum())
+
+    def fill(self, rng: np.random.Generator) -> None:
+        """Take samples at random, in which older ones are favoured, as long as they fit."""
+        # exponential waiting times make a weighted order without replacement (Efraimidis & Spirakis 2006)
+        num = len(self.chosen)
+        order = np.argsort(rng.exponential(size=num) / np.linspace(2.0, 1.0, num))
+        missing, room, taken = self.missing_c[-1], self.room, []
+        for i, cost, tokens in zip(order.tolist(), self.costs_nc[order, -1].tolist(), self.tokens_n[order].tolist()):
+            if i and tokens <= room and cost <= missing:
+                missing, room = missing - cost, room - tokens
+                taken.append(i)
+        self._exchange([], taken)
+
+    def improve(self, rng: np.random.Generator) -> None:
+        """Make the best move again and again until the target is met or no move helps."""
+        none, pairs = len(self.chosen), None
+        for _ in range(MAX_MOVES):
+            if self.distance < TOLERANCE:
+                return
+            # the oldest stays
+            inside, outside = np.flatnonzero(self.chosen)[1:], np.flatnonzero(~self.chosen)
+            out_singles = np.append(inside, none)[:, None]
+            if self._exchange_for_one(out_singles, np.append(outside, none)):
+                continue
+            if pairs is None:
+                pairs = self._sorted_pairs(rng.permutation(outside)[:POOL])
+            out_pairs = np.hstack([out_singles, np.full_like(out_singles, none)])
+            if not self._exchange_for_two(np.vstack([out_pairs, _pairs(inside)]), *pairs):
+                return
+
+    def _exchange_for_one(self, out_ok: np.ndarray, into_p: np.ndarray) -> bool:
+        """Make the best exchange of a row of ``out`` for one of ``into``, if one helps."""
+        out_co, into_cp = self.costs_nc[out_ok].sum(1).T, self.costs_nc[into_p].T
+        distances_op, entry_op = 0.0, None
+        for missing, out_o, into in zip(self.missing_c, out_co, into_cp):
+            entry_op = np.subtract((out_o + missing)[:, None], into, out=entry_op)
+            distances_op = distances_op + np.abs(entry_op, out=entry_op)
+        too_long = self.tokens_n[into_p] - self.tokens_n[out_ok].sum(1)[:, None] > self.room
+        distances_op[too_long] = np.inf
+        o, p = np.unravel_index(distances_op.argmin(), distances_op.shape)
+        return self._exchange_if_closer(distances_op[o, p], out_ok[o], into_p[p : p + 1])
+
+    def _sorted_pairs(self, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All pairs of some samples by their total cost: indices ``[P, 2]``, costs ``[P, c]``, tokens ``[P]``."""
+        pairs_p2 = _pairs(pool)
+        costs_pc = self.costs_nc[pairs_p2[:, 0]] + self.costs_nc[pairs_p2[:, 1]]
+        order = np.argsort(costs_pc[:, -1])
+        pairs_p2 = pairs_p2[order]
+        return pairs_p2, costs_pc[order], self.tokens_n[pairs_p2].sum(1)
+
+    def _exchange_for_two(
+        self, out_ok: np.ndarray, pairs_p2: np.ndarray, costs_pc: np.ndarray, tokens_p: np.ndarray
+    ) -> bool:
+        """Make the best exchange of a row of ``out`` for a pair whose total cost is close to what is wanted, if one helps."""
+        if len(pairs_p2) == 0:
+            return False
+        wanted_oc = self.missing_c + self.costs_nc[out_ok].sum(1)
+        near_o = np.searchsorted(costs_pc[:, -1], wanted_oc[:, -1])
+        near_ow = np.clip(near_o[:, None] + np.arange(-WINDOW, WINDOW), 0, len(pairs_p2) - 1)
+        distances_ow = np.abs(wanted_oc[:, None] - costs_pc[near_ow]).sum(2)
+        too_long = tokens_p[near_ow] - self.tokens_n[out_ok].sum(1)[:, None] > self.room
+        distances_ow[too_long | self.chosen[pairs_p2].any(1)[near_ow]] = np.inf
+        o, w = np.unravel_index(distances_ow.argmin(), distances_ow.shape)
+        return self._exchange_if_closer(distances_ow[o, w], out_ok[o], pairs_p2[near_ow[o, w]])
+
+    def _exchange_if_closer(self, distance: float, out: np.ndarray, into: np.ndarray) -> bool:
+        if distance >= self.distance - 1e-9:
+            return False
+        none = len(self.chosen)
+        self._exchange([i for i in out.tolist() if i != none], [i for i in into.tolist() if i != none])
+        return True
+
+    def _exchange(self, out: list[int], into: list[int]) -> None:
+        self.chosen[out], self.chosen[into] = False, True
+        self.missing_c = self.missing_c + self.costs_nc[out].sum(0) - self.costs_nc[into].sum(0)
+        self.room += int(self.tokens_n[out].sum() - self.tokens_n[into].sum())
+
+
+def _pairs(indices: np.ndarray) -> np.ndarray:
+    first, second = np.triu_indices(len(indices), 1)
+    return np.column_stack([indices[first], indices[second]])

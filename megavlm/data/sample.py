@@ -12,6 +12,7 @@ import io
 import json
 import warnings
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from megavlm.errors import DataError
+
+MAX_NPY_HEADER_BYTES = 4096
 
 TASKS = ("understanding", "generation", "text")
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp", "npy")
@@ -35,6 +38,8 @@ class Coordinates(NamedTuple):
     """Number of the shard in the source's list."""
     index: int
     """Number of the sample in the shard."""
+    piece: int = 0
+    """Number of the piece, where an over-long sample was split."""
 
 
 class Segment(BaseModel):
@@ -84,8 +89,8 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def parse_sample(key: str, members: dict[str, bytes], coordinates: Coordinates) -> Sample:
-    """Decode the members of one WebDataset sample.
+def parse_record(members: dict[str, bytes]) -> Record:
+    """The JSON member of a sample in our own schema.
 
     Raises:
         DataError: Without a place, which the caller knows and adds.
@@ -94,18 +99,34 @@ def parse_sample(key: str, members: dict[str, bytes], coordinates: Coordinates) 
         raise DataError(f"the sample has no json member, only {sorted(members)}", "write samples in the schema of megavlm")
     try:
         # json.loads before pydantic: its messages count lines and columns
-        record = Record.model_validate(json.loads(members["json"].decode("utf-8")))
+        return Record.model_validate(json.loads(members["json"].decode("utf-8")))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"broken JSON: {error}", "write the json member as UTF-8 JSON") from error
     except ValidationError as error:
         mistakes = "; ".join(f"{'.'.join(map(str, m['loc']))}: {m['msg']}" for m in error.errors())
         raise DataError(f"JSON does not follow the sample schema: {mistakes}", "correct the json member") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise DataError(f"broken JSON: {error}", "write the json member as UTF-8 JSON") from error
+
+
+def parse_sample(key: str, members: dict[str, bytes], coordinates: Coordinates) -> Sample:
+    """Decode the members of one sample in our own schema.
+
+    Raises:
+        DataError: Without a place, which the caller knows and adds.
+    """
+    record = parse_record(members)
     names = dict.fromkeys(segment.image for segment in record.segments if segment.image is not None)
-    images = {name: _decode_image(name, members) for name in names}
+    images = {name: decode_image(name, members) for name in names}
     return Sample(key, record.task, record.segments, images, coordinates, record.meta)
 
 
-def _decode_image(name: str, members: dict[str, bytes]) -> np.ndarray:
+def decode_image(name: str, members: dict[str, bytes]) -> np.ndarray:
+    """The image that a segment names: uint8 RGB ``[H, W, 3]``, or int64 codes ``[height, width]`` from an npy member.
+
+    Raises:
+        DataError: Without a place, which the caller knows and adds.
+    """
     for kind in IMAGE_TYPES:
         if (content := members.get(f"{name}.{kind}")) is not None:
             return _decode_codes(name, content) if kind == "npy" else _decode_pixels(f"{name}.{kind}", content)
@@ -128,20 +149,27 @@ def _decode_pixels(member: str, content: bytes) -> np.ndarray:
 
 def _decode_codes(name: str, content: bytes) -> np.ndarray:
     remedy = "write codes with numpy.save as a two-dimensional integer array"
-    stream = io.BytesIO(content)
+    # a header ends with its first line
     try:
-        version = np.lib.format.read_magic(stream)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran_order, dtype = read_header(stream)
-    except (ValueError, KeyError) as error:
+        shape, fortran_order, dtype, begin = _npy_header(content[: content.index(b"\n", 0, MAX_NPY_HEADER_BYTES) + 1])
+    # numpy tokenizes the header as Python and raises whatever that stumbles over: ValueError, TokenError, SyntaxError, …
+    except Exception as error:
         raise DataError(f"{name}.npy is not an npy file: {error}", remedy) from error
     # judged by its header, before anything is allocated; an array of objects would be a pickle
     if dtype.kind not in "iu" or len(shape) != 2 or min(shape) < 1:
         raise DataError(f"{name}.npy holds {dtype} of shape {shape}, not codes", remedy)
-    payload = content[stream.tell() :]
-    if len(payload) != shape[0] * shape[1] * dtype.itemsize:
-        raise DataError(f"{name}.npy says {shape} {dtype} but holds {len(payload)} bytes", remedy)
-    return np.frombuffer(payload, dtype).reshape(shape, order="F" if fortran_order else "C").astype(np.int64)
+    if len(content) - begin != shape[0] * shape[1] * dtype.itemsize:
+        raise DataError(f"{name}.npy says {shape} {dtype} but holds {len(content) - begin} bytes", remedy)
+    return np.frombuffer(content, dtype, offset=begin).reshape(shape, order="F" if fortran_order else "C").astype(np.int64)
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, order, type and length of the header. Images of one size have the same: parsing it is slow."""
+    stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    return *read_header(stream), stream.tell()

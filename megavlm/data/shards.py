@@ -1,19 +1,27 @@
-"""Shards: opening, reading and writing. URLs and the tar writer are WebDataset's.
+"""Shards: naming and reading. A shard is a tar of samples, a JSONL file of one sample per line, or a JSON file with a list of them.
 
-Reading is a loop of our own over ``tarfile``, because WebDataset's iterator takes a shard that was cut or damaged at a member's
+The tar loop is our own over ``tarfile``, because WebDataset's iterator takes a shard that was cut or damaged at a member's
 header for one that ends there; here every way of being incomplete is an error.
 """
 
+import json
 import os
 import tarfile
-from collections.abc import Iterator
-from urllib.parse import urlparse
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import braceexpand
-import webdataset
 from webdataset.tariterators import base_plus_ext
 
+from megavlm.data.urls import Opener, is_local, local_path
 from megavlm.errors import ConfigError, DataError
+
+MAX_MEMBER_BYTES = 256 << 20
+"""A larger member is not read at all: its sample is an error."""
+PROBLEM = "__problem__"
+"""Stands in the place of members that could not be read; the content says why."""
+
+Members = dict[str, bytes]
 
 
 def expand_shards(name: str, shards: str | list[str]) -> list[str]:
@@ -37,43 +45,78 @@ def expand_shards(name: str, shards: str | list[str]) -> list[str]:
 
 def check_exists(url: str, source: str = "") -> None:
     """Raise a DataError if ``url`` is a local file that is not there."""
-    parts = urlparse(url)
-    if parts.scheme in ("", "file") and not os.path.isfile(parts.path if parts.scheme else url):
+    if is_local(url) and not os.path.isfile(local_path(url)):
         raise DataError("the shard does not exist", "write the data first, or correct the path", source, url)
 
 
-def read_shard(url: str, source: str = "") -> Iterator[tuple[str, dict[str, bytes]]]:
+def read_shard(
+    url: str, source: str = "", open_url: Callable[[str], BinaryIO] = Opener()
+) -> Iterator[tuple[str, Members]]:
     """Yield ``(key, {extension: content})`` for every sample of a shard, in its order.
 
-    Only regular files count, names are nothing but keys, nothing is written to disk or unpickled.
+    Only regular files count, names are nothing but keys, nothing is written to disk or unpickled. A sample of which a member
+    cannot be had comes with `PROBLEM` among its members.
 
     Raises:
         DataError: Where the shard cannot be opened or ends before its end.
     """
+    path = url.split("?")[0].lower()
+    read = _read_lines if path.endswith(".jsonl") else _read_list if path.endswith(".json") else _read_tar
     try:
-        with webdataset.gopen(url) as stream, _open_strictly(stream) as tar:
-            key, members = None, {}
-            for member in tar:
-                if not member.isfile():
-                    continue
-                base, extension = base_plus_ext(member.name)
-                if base is None:
-                    continue
-                if base != key:
-                    if members:
-                        yield key, members
-                    key, members = base, {}
-                content = tar.extractfile(member).read()
-                if len(content) < member.size:
-                    raise tarfile.ReadError("unexpected end of data")
-                members[extension.lower()] = content
-            if members:
-                yield key, members
-    except (tarfile.TarError, OSError, EOFError) as error:
+        with open_url(url) as stream:
+            yield from read(stream)
+    except (tarfile.TarError, OSError, EOFError, RecursionError, ValueError) as error:
         check_exists(url, source)
         raise DataError(
             f"the shard is unreadable or cut short: {error}", "copy or write it again", source, url
         ) from error
+
+
+def _read_tar(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictHeader, bufsize=1 << 18) as tar:
+        key, members = None, {}
+        for member in tar:
+            # the archive would remember every header to the end
+            tar.members.clear()
+            if not member.isfile():
+                continue
+            base, extension = base_plus_ext(member.name)
+            if base is None:
+                continue
+            extension = extension.lower()
+            # a repeated extension begins another sample of the same name: nothing is lost
+            if base != key or extension in members:
+                if members:
+                    yield key, members
+                key, members = base, {}
+            if member.size > MAX_MEMBER_BYTES:
+                members[PROBLEM] = f"member {extension} has {member.size} bytes, the limit is {MAX_MEMBER_BYTES}".encode()
+                continue
+            content = tar.extractfile(member).read()
+            if len(content) < member.size:
+                raise tarfile.ReadError("unexpected end of data")
+            members[extension] = content
+        if members:
+            yield key, members
+
+
+def _read_lines(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
+    number = 0
+    while line := stream.readline(MAX_MEMBER_BYTES + 1):
+        if len(line) > MAX_MEMBER_BYTES:
+            raise tarfile.ReadError(f"line {number + 1} is longer than {MAX_MEMBER_BYTES} bytes")
+        if line.strip():
+            yield f"{number:08d}", {"json": line}
+        number += 1
+
+
+def _read_list(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
+    records = json.loads(stream.read())
+    if not isinstance(records, list):
+        raise tarfile.ReadError("the JSON file holds no list of samples")
+    for number, record in enumerate(records):
+        key = record.get("id") if isinstance(record, dict) else None
+        yield str(key if key is not None else f"{number:08d}"), {"json": json.dumps(record).encode()}
 
 
 class _StrictHeader(tarfile.TarInfo):
@@ -87,7 +130,3 @@ class _StrictHeader(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
-
-
-def _open_strictly(stream) -> tarfile.TarFile:
-    return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictHeader)

@@ -24,8 +24,9 @@ from megavlm.errors import ConfigError, MegavlmError
 
 log = logging.getLogger(__name__)
 
-FIXED = ("seed", "model.architecture", "vocabulary", "data.sources", "data.num_lanes")
-"""Settings that the weights or the data's state depend on: a run cannot go on with others."""
+FIXED = ("seed", "model.architecture", "vocabulary", "data.num_lanes")
+"""Settings that the weights or the data's state depend on: a run cannot go on with others. Changed sources are the lanes' affair
+(`data.when_sources_change`)."""
 
 
 class RunFolder:
@@ -76,7 +77,7 @@ class RunFolder:
         differences = [
             (name, old.get(name), new.get(name))
             for name in old | new
-            if old.get(name) != new.get(name) and name != "data.mixture"
+            if old.get(name) != new.get(name) and not name.startswith("data.mixture.")
         ]
         fixed = [d for d in differences if any(d[0] == name or d[0].startswith(name + ".") for name in FIXED)]
         if fixed and complete_checkpoints(self.checkpoints):
@@ -87,7 +88,8 @@ class RunFolder:
             )
         for name, old, new in differences:
             log.warning("going on with a changed setting: %s: %r -> %r", name, old, new)
-        if fixed:
+        # what was found out about other sources is worth nothing
+        if fixed or any(name == "data.sources" for name, _, _ in differences):
             return config
         return config.model_copy(update={"data": config.data.model_copy(update={"mixture": before.data.mixture})})
 

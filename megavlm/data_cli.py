@@ -1,0 +1,228 @@
+"""The commands under `megavlm data`."""
+
+import os
+from pathlib import Path
+
+from megavlm.errors import ConfigError
+
+# imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
+
+
+class DataCommands:
+    """Write data, look at it, and try how it packs."""
+
+    def digits(self, out: str):
+        """Write the benchmark `digits` as WebDataset shards, with its text model.
+
+        Real handwritten digits, 8x8 pixels, as questions about images and as requests for images.
+
+        Args:
+            out: Folder to write to.
+        """
+        from megavlm.benchmarks import digits
+
+        written = digits.write(Path(str(out)))
+        print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
+
+    def shapes(self, out: str, pixels: int = 32, num_train: int = 20000, num_test: int = 1000, seed: int = 0):
+        """Write the benchmark `shapes` as WebDataset shards, with its text model.
+
+        Scenes of one to four coloured shapes, as questions with exact answers and as requests for images.
+
+        Args:
+            out: Folder to write to.
+            pixels: Side of the images, 32 to 256.
+            num_train: Training samples per task.
+            num_test: Test samples per task; each shows a composition that is not in the training samples.
+            seed: Another seed is other scenes.
+        """
+        from megavlm.benchmarks import shapes
+
+        written = shapes.write(Path(str(out)), pixels, num_train, num_test, seed)
+        print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
+
+    def index(self, shards):
+        """Count local shards and write an index beside each: shard.tar.index.json.
+
+        Args:
+            shards: Path, braces expand.
+        """
+        from megavlm.data.index import write_index
+        from megavlm.data.shards import expand_shards
+        from megavlm.data.urls import is_local, local_path
+
+        for url in expand_shards("shards", _shards(shards)):
+            if not is_local(url):
+                raise ConfigError(f"{url} is not a local file\n  do:    write the index where the shard is, and copy both")
+            print(f"{url}: {write_index(Path(local_path(url))).samples} samples")
+
+    def build(self, source: str, out: str, samples_per_shard: int = 1000, image_root: str = ""):
+        """Write shards, with an index beside each, from a folder of images with captions or from a JSONL file.
+
+        Args:
+            source: Folder with a.jpg, a.txt, … (read the shards as img2dataset); or JSONL with "segments" (megavlm) or "conversations" (llava).
+            out: Folder to write to.
+            samples_per_shard: In each shard but the last.
+            image_root: Folder that image paths in the JSONL start from; its own if not given.
+        """
+        from megavlm.data.write import build_shards
+
+        root = Path(str(image_root)) if image_root else None
+        written = build_shards(Path(str(source)), Path(str(out)), samples_per_shard, root)
+        print(f"{out}: {len(written)} shards with {sum(written.values())} samples")
+
+    def inspect(self, shards, format: str = "megavlm", out: str = "contact_sheet.png"):
+        """Show what is in shards: a table, every problem with its place, and a contact sheet.
+
+        Args:
+            shards: Path or URL, braces expand: "data/digits/generation-train-{00..07}.tar".
+            format: How samples are written.
+            out: Where the contact sheet goes (PNG).
+        """
+        from megavlm.data.inspect import inspect
+        from megavlm.data.shards import expand_shards
+
+        print(inspect(expand_shards("shards", _shards(shards)), _source(format), Path(str(out))), end="")
+        print(f"contact sheet: {out}")
+
+    def lint(self, shards, format: str = "megavlm", recipe: str = "", **overrides):
+        """Find every problem of shards, with shard and key. Exit status 1 if there are any.
+
+        Args:
+            shards: Path or URL, braces expand.
+            format: How samples are written: megavlm, img2dataset, llava, text, interleaved, or module:function.
+            recipe: Also check that samples fit this recipe's vocabulary and packs.
+            overrides: Settings of the recipe to change.
+        """
+        import sys
+
+        from megavlm.data.lint import lint
+        from megavlm.data.shards import expand_shards
+
+        check = lambda sample: None  # noqa: E731
+        if recipe:
+            from megavlm.build import build_encoder
+            from megavlm.config import load_config
+            from megavlm.data.overlong import encode_within
+
+            config = load_config(recipe, overrides)
+            encoder = build_encoder(config, 0.0)
+            check = lambda sample: encode_within(sample, encoder, config.data.pack_tokens, config.data.over_long)  # noqa: E731
+        report = lint(expand_shards("shards", _shards(shards)), _source(format), check)
+        for problem in report.problems:
+            print(problem)
+        print(f"{report.num_samples} samples, {len(report.problems)} problems")
+        if report.problems:
+            sys.exit(1)
+
+    def stats(self, shards, format: str = "megavlm", recipe: str = "", out: str = "stats.png", **overrides):
+        """Count samples, tasks, images and lengths; lengths are tokens with a recipe, else characters.
+
+        Args:
+            shards: Path or URL, braces expand.
+            format: How samples are written.
+            recipe: Whose tokenizers count the tokens.
+            out: Histogram to write (PNG).
+            overrides: Settings of the recipe to change.
+        """
+        import json
+
+        from megavlm.data.describe import stats
+        from megavlm.data.shards import expand_shards
+
+        encoder = None
+        if recipe:
+            from megavlm.build import build_encoder
+            from megavlm.config import load_config
+
+            encoder = build_encoder(load_config(recipe, overrides), 0.0)
+        urls = expand_shards("shards", _shards(shards))
+        print(json.dumps(stats(urls, _source(format), Path(str(out)), encoder), indent=1))
+
+    def preview(self, shards, format: str = "megavlm", out: str = "preview.png", num: int = 40):
+        """Show the first samples: a contact sheet (PNG) and a page with the whole texts (HTML).
+
+        Args:
+            shards: Path or URL, braces expand.
+            format: How samples are written.
+            out: The PNG; the page goes beside it.
+            num: How many samples.
+        """
+        from megavlm.data.describe import preview
+        from megavlm.data.shards import expand_shards
+
+        path = Path(str(out))
+        report = preview(expand_shards("shards", _shards(shards)), _source(format), path, num)
+        print(f"{path} and {path.with_suffix('.html')}, {len(report.problems)} problems on the way")
+
+    def tokenizer(self, shards, out: str, vocab_size: int = 32000, format: str = "megavlm"):
+        """Train a SentencePiece model on the texts of shards.
+
+        Args:
+            shards: Path or URL, braces expand.
+            out: The .model file to write.
+            vocab_size: Upper bound of its size.
+            format: How samples are written.
+        """
+        from megavlm.data.lint import Report, read_samples
+        from megavlm.data.shards import expand_shards
+        from megavlm.vocabulary import train_text_model
+
+        report = Report()
+        samples = read_samples(expand_shards("shards", _shards(shards)), _source(format), report)
+        texts = (segment.text for sample in samples for segment in sample.segments if segment.text)
+        train_text_model(texts, Path(str(out)), vocab_size)
+        print(f"{out}: trained on {report.num_samples} samples, {len(report.problems)} of them left out as broken")
+
+    def simulate(
+        self,
+        recipe: str = "",
+        lanes: int = 512,
+        steps: int = 400,
+        first_step: int = 200,
+        out: str = "simulate.png",
+        processes: int = 0,
+        **overrides,
+    ):
+        """How equal will the packs be? Runs the packer for all lanes, beside first-come and first-fit packing.
+
+            megavlm data simulate --lanes 1024
+            megavlm data simulate digits --lanes 64 --data.fill=0.9
+
+        Args:
+            recipe: Whose sources, route and model to take; without one, a standard mixture (see `megavlm.data.simulate`).
+            lanes: Number of lanes.
+            steps: Packs per lane.
+            first_step: Figures are of the steps from this one on.
+            out: Figure to write (PNG); the numbers go beside it (JSON).
+            processes: Processes to use; 0 is one per core.
+            overrides: Settings of the recipe to change.
+        """
+        import json
+
+        from megavlm.data.simulate import report, simulate, sketch
+
+        if recipe:
+            from megavlm.build import situation_of
+            from megavlm.config import load_config
+
+            situation = situation_of(load_config(recipe, overrides))
+        elif overrides:
+            raise ConfigError(f"there is no recipe to change {', '.join(overrides)} in\n  do:    name a recipe")
+        else:
+            situation = sketch()
+        result = simulate(situation, lanes, steps, first_step, processes or len(os.sched_getaffinity(0)))
+        title = f"{lanes} lanes, steps {first_step} to {steps}, {recipe or 'the standard mixture'}"
+        print(json.dumps(report(result, Path(str(out)), title), indent=1))
+
+
+def _shards(value) -> str | list[str]:
+    return [str(url) for url in value] if isinstance(value, (list, tuple)) else str(value)
+
+
+def _source(format: str):
+    from megavlm.config import SourceConfig
+    from megavlm.data.formats import find_format
+
+    find_format(format)
+    return SourceConfig(shards="none", format=format)
