@@ -98,7 +98,7 @@ def replay(run: str | Path, step: int | None = None) -> dict[str, Any]:
             )
         seed = integer_seed(config.seed, Purpose.MODULES, pack.step, pack.lane)
         result = _run_pack(backbone, pack, seed)
-        result["samples"] = [f"{names[source]} shard {shard} sample {index}: {key}" for source, _, shard, index, key in samples]
+        result["samples"] = [f"{names[source]} shard {shard} sample {index}: {key}" for source, _, shard, index, *_, key in samples]
         results.append({"lane": pack.lane} | result)
     weights = before[-1].name if before else "initial weights"
     return {"step": report["step"], "reason": report["reason"], "weights": weights, "packs": results}
