@@ -273,10 +273,10 @@ class MonitorConfig(Settings):
 class EvaluationConfig(Settings):
     """How `megavlm evaluate` samples and what it judges with."""
 
-    benchmark: Literal["digits"] | None = None
-    """The built-in benchmark whose held-out samples and judge are used."""
+    benchmark: str | None = None
+    """What is asked and who judges: digits, shapes, or `module:Class` (see `megavlm.evaluation.benchmark`)."""
     shards: str | list[str] | None = None
-    """The held-out samples."""
+    """The held-out samples of the benchmark."""
     num_drawings: Positive = 200
     """Images to draw, evenly over the benchmark's prompts."""
     temperature: Annotated[float, Field(gt=0)] = 1.0

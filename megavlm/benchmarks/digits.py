@@ -15,9 +15,10 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from megavlm.data.sample import Record, Segment
+from megavlm.data.sample import Record, Sample, Segment
 from megavlm.errors import MegavlmError
-from megavlm.model.image_tokenizer import PixelTokenizer
+from megavlm.frechet import frechet_distance, mean_and_covariance
+from megavlm.model.image_tokenizer import ImageTokenizer, PixelTokenizer
 from megavlm.randomness import Purpose, stream
 from megavlm.vocabulary import train_text_model
 
@@ -152,8 +153,22 @@ class Judge:
     def _distance(self, pixels: np.ndarray) -> float:
         drawn = self._features.transform(pixels)
         real = self._features.transform(self._test.codes.reshape(len(self._test.codes), -1))
-        cov_drawn, cov_real = np.cov(drawn, rowvar=False), np.cov(real, rowvar=False)
-        # the eigenvalues of a product of two covariances are real and not negative, up to rounding
-        root_trace = np.sqrt(np.linalg.eigvals(cov_drawn @ cov_real).real.clip(min=0)).sum()
-        mean_term = ((drawn.mean(0) - real.mean(0)) ** 2).sum()
-        return float(mean_term + np.trace(cov_drawn) + np.trace(cov_real) - 2 * root_trace)
+        return frechet_distance(*mean_and_covariance(drawn), *mean_and_covariance(real))
+
+
+class DigitsBenchmark:
+    """Digits read and drawn; see `megavlm.evaluation.benchmark.Benchmark`."""
+
+    def __init__(self, samples: list[Sample], num_drawings: int, image_tokenizer: ImageTokenizer):
+        self.questions = samples
+        self.requests, self._labels = prompts(num_drawings)
+
+    def judge(self, images_NHWC: np.ndarray) -> dict[str, float]:
+        # the judge looks at pixels, whatever the model's own codes are
+        codes_Nhw, judge = TOKENIZER.encode(images_NHWC), Judge()
+        return {
+            "accuracy_by_judge": judge.accuracy(codes_Nhw, self._labels),
+            "judge_accuracy_on_held_out_real_digits": judge.accuracy_on_real(),
+            "frechet_distance": judge.distance(codes_Nhw),
+            "frechet_distance_of_real_training_digits": judge.distance_of_real(),
+        }
