@@ -20,13 +20,12 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from deepspeed.utils import safe_get_local_grad
 from torch import nn
 
 from megavlm.data.pack import Pack
 from megavlm.data.sample import TASKS
 from megavlm.engine.distributed import World
-from megavlm.engine.zero import forget_gradients
+from megavlm.engine.zero import begin_anew, local_gradients
 
 PARTS = ("norms", "q", "k", "v", "o", "mlp")
 """Blocks of a layer."""
@@ -157,21 +156,14 @@ def under_zero(
         factors: As `factors_of_tasks` gives them from the factors of the step.
         before_pack: Called before each forward pass, as in the step itself.
     """
-    parameters = [p for p in engine.module.parameters() if p.requires_grad]
     gradients = []
     for factor_G in factors.values():
-        _begin_anew(engine)
+        begin_anew(engine)
         for pack in packs:
             before_pack(pack)
             engine.backward((engine(pack.to(world.device)) * factor_G).sum(), scale_wrt_gas=False)
-        gradients.append([safe_get_local_grad(p).clone() for p in parameters])
-    _begin_anew(engine)
+        gradients.append(local_gradients(engine))
+    begin_anew(engine)
     names, products_BTT = products(blocks_of(engine.module), gradients)
     products_BTT = world.sum(products_BTT.cpu().numpy())
     return align(products_BTT.cpu().numpy(), names, list(factors))
-
-
-def _begin_anew(engine) -> None:
-    """The next backward pass is the first of a step: it overwrites, and no gradient of before is left where it does not."""
-    engine.optimizer.zero_grad()
-    forget_gradients(engine)
