@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from megavlm.analysis.rows import IMAGE, KINDS, NUM_CELLS, QUERIES, StageRows, sample_rows
 from megavlm.costs import ModelShape
@@ -159,7 +158,8 @@ def statistics(scores_hQL: torch.Tensor, kinds_L: torch.Tensor) -> torch.Tensor:
         ``[…, Q, X]`` in the order of `STATISTICS`; the effective number is 0 for rows that see no image token.
     """
     weights = scores_hQL.softmax(-1)
-    shares = weights @ functional.one_hot(kinds_L, len(KINDS)).to(weights.dtype)
+    is_kind_L4 = kinds_L[:, None] == torch.arange(len(KINDS), device=kinds_L.device)
+    shares = weights @ is_kind_L4.to(weights.dtype)
     scores_of_images = scores_hQL.masked_fill(kinds_L != IMAGE, -torch.inf)
     # a softmax of its own: where almost no attention is on images, dividing by their share would divide noise
     of_images = scores_of_images.softmax(-1).nan_to_num(0.0)

@@ -4,6 +4,7 @@ Neither changes what is trained, bit for bit. Attention is watched inside the or
 costs no pass of its own; gradients take a forward and a backward pass of the step's packs per task.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,7 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megavlm.analysis.attention import STATISTICS, AttentionWatch
-from megavlm.analysis.gradients import Alignment, factors_of_tasks, under_zero
+from megavlm.analysis.gradients import factors_of_tasks, under_zero
 from megavlm.config import MonitorConfig
 from megavlm.costs import ModelShape
 from megavlm.data.pack import Pack
@@ -70,13 +71,10 @@ class Instruments:
         if self.writer:
             for pair, blocks in pairs.items():
                 for block, alignment in blocks.items():
-                    self._log_alignment(f"geometry_{pair}", block, alignment, tuple(pair.split("_")), step + 1)
-
-    def _log_alignment(self, group: str, block: str, alignment: Alignment, tasks: tuple[str, ...], step: int) -> None:
-        self.writer.add_scalar(f"{group}/cosine/{block}", alignment.cosine, step)
-        self.writer.add_scalar(f"{group}/interference/{block}", alignment.interference, step)
-        for task, norm in zip(tasks, alignment.norms):
-            self.writer.add_scalar(f"{group}/norm_of_{task}/{block}", norm, step)
+                    self._log(f"geometry_{pair}/cosine/{block}", alignment.cosine, step + 1)
+                    self._log(f"geometry_{pair}/interference/{block}", alignment.interference, step + 1)
+                    for task, norm in zip(pair.split("_"), alignment.norms):
+                        self._log(f"geometry_{pair}/norm_of_{task}/{block}", norm, step + 1)
 
     def report(self, step: int) -> None:
         """After a step: log where its attention went, if it was watched.
@@ -91,8 +89,12 @@ class Instruments:
             for (task, query), allocation in self._watch.shares().items():
                 for statistic, values_L in zip(STATISTICS, allocation.mean_XL):
                     for layer, value in enumerate(values_L):
-                        self.writer.add_scalar(f"attention_{task}_{query}/{statistic}/layer_{layer:02d}", value, step)
+                        self._log(f"attention_{task}_{query}/{statistic}/layer_{layer:02d}", value, step)
         self._watch = None
+
+    def _log(self, tag: str, value: float, step: int) -> None:
+        if math.isfinite(value):  # or there was nothing to be seen in this layer
+            self.writer.add_scalar(tag, value, step)
 
 
 def _is_due(step: int, every: int | None) -> bool:

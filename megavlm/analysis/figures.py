@@ -41,7 +41,8 @@ def attention_shares(shares: dict[tuple[str, str], Allocation], path: Path) -> P
             below.plot(layers, np.log(allocation.mean_XL[5]), "o-", color=COLOURS["image"], markersize=3, label="ln of effective image tokens")
         below.set_xlabel("layer")
         for axis in (top, below):
-            _layer_ticks(axis.xaxis, len(layers))
+            _layer_ticks(axis.xaxis, len(layers), most=8)
+            axis.set_xlim(-0.6, len(layers) - 0.4)
     axes[0, 0].set_ylabel("share of attention")
     axes[0, 0].set_ylim(0, 1)
     axes[1, 0].set_ylabel("nats")
@@ -97,8 +98,10 @@ def gradient_maps(entries: Sequence[dict[str, Any]], pair: str, path: Path) -> P
     """Two tasks: cosines and ratios of norms by layer and part at the newest checkpoint; cosines and interference over training."""
     blocks, tasks = entries[-1]["gradients"][pair], pair.split("_")
     num_layers = 1 + max(int(name[6:8]) for name in blocks if name.startswith("layer_"))
-    size = (12, 2 * max(3.4, 0.28 * num_layers + 1.2))
-    figure, ((cosine, ratio), (cosines, interference)) = pyplot.subplots(2, 2, figsize=size, layout="constrained")
+    heights = [max(3.4, 0.28 * num_layers + 1.2), 3.4]
+    figure, ((cosine, ratio), (cosines, interference)) = pyplot.subplots(
+        2, 2, figsize=(12, sum(heights)), height_ratios=heights, layout="constrained"
+    )
 
     def table(of) -> np.ndarray:
         return np.array([[of(blocks[f"layer_{layer:02d}/{part}"]) for part in PARTS] for layer in range(num_layers)])
@@ -134,12 +137,12 @@ def gradient_maps(entries: Sequence[dict[str, Any]], pair: str, path: Path) -> P
 
 def similarity_map(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     """CKA of read and drawn images by layer, over training."""
-    values = np.array([entry["cka"] for entry in entries]).T[::-1]
+    values = np.array([entry["cka"] for entry in entries]).T
     num_states = len(values)
     figure, axis = pyplot.subplots(figsize=(max(3.6, 0.6 * len(entries) + 2), max(2.8, 0.32 * num_states + 1.2)), layout="constrained")
     image = _heat_map(axis, values, 0, 1, "viridis", len(entries) <= MOST_TICKS)
     axis.set_xticks(range(len(entries)), [entry["step"] for entry in entries], rotation=45 if len(entries) > 6 else 0)
-    axis.set_yticks(range(num_states), ["embedding" if s == 0 else f"layer {s - 1}" for s in range(num_states)][::-1])
+    axis.set_yticks(range(num_states), ["embedding" if s == 0 else f"layer {s - 1}" for s in range(num_states)])
     axis.set_xlabel("step")
     axis.set_title("CKA of images read and drawn", fontsize=10)
     figure.colorbar(image, ax=axis)
@@ -159,5 +162,5 @@ def _heat_map(axis, values: np.ndarray, low: float, high: float, colours: str, w
     return image
 
 
-def _layer_ticks(axis, num: int) -> None:
-    axis.set_ticks(range(0, num, -(-num // MOST_TICKS)))
+def _layer_ticks(axis, num: int, most: int = MOST_TICKS) -> None:
+    axis.set_ticks(range(0, num, -(-num // most)))

@@ -16,7 +16,7 @@ from megavlm.data.sample import TASKS
 from megavlm.model.attention import NAME
 from tests.model import reference
 from tests.model.reference import Reference
-from tests.model.test_backbone import MIXED, make_backbone
+from tests.model.test_backbone import MIXED, NoReadBack, make_backbone
 from tests.routing.layouts import POLICIES, SHAPE, VOCABULARY, costing, make_samples, plan
 
 VOCAB = SimpleNamespace(num_text=70, first_code=80)
@@ -135,6 +135,15 @@ def test_watching_changes_nothing_and_survives_recomputation(policy):
     first, second = (watch.shares() for watch in watches)
     for key, allocation in first.items():
         np.testing.assert_array_equal(allocation.groups_XLG, second[key].groups_XLG)
+
+
+@pytest.mark.parametrize("policy", ["dense", "pyramid_question", "merge_and_injection"])
+def test_watching_reads_nothing_back_from_the_device(policy):
+    pack, backbone = build_pack(with_kinds(make_samples(MIXED)), costing(policy), 1, 0, 0, 0), make_backbone(policy)
+    watch = AttentionWatch(SHAPE, VOCAB, seed=0)
+    with watch.on(backbone, pack), NoReadBack():
+        backbone(pack).sum().backward()
+    assert watch.shares()
 
 
 def test_a_sample_of_the_rows_estimates_all_of_them():

@@ -63,8 +63,11 @@ def test_pictures_are_in_tensorboard(trained, monkeypatch):
     assert {"analysis/attention", "analysis/attention_heads"} <= set(events.Tags()["images"])
 
 
-@pytest.mark.parametrize("arguments", [["--shards=/nowhere.tar"], ["--num_packs=0"]])
+@pytest.mark.parametrize(
+    "arguments", [["attention", "--shards=/nowhere.tar"], ["geometry", "--num_packs=0"], ["drops", "--flops_share=0.5", "--keep_ratios=0.5,2"]]
+)
 def test_mistakes_are_named(trained, monkeypatch, capsys, arguments):
+    command, *options = arguments
     with pytest.raises(SystemExit, match="2"):
-        megavlm(monkeypatch, "analyze", "attention", trained, *arguments)
+        megavlm(monkeypatch, "analyze", command, trained, *options)
     assert "do:" in capsys.readouterr().err
