@@ -242,6 +242,7 @@ class Trainer:
     def _close(self) -> None:
         gc.enable()
         self.watchdog.stop()
+        self.loader.close()
         if self.writer:
             self.writer.close()
 

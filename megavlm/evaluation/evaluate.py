@@ -15,7 +15,7 @@ from megavlm.engine.checkpoint import load_weights
 from megavlm.engine.run import RunFolder
 from megavlm.errors import ConfigError
 from megavlm.evaluation.sampling import draw_images
-from megavlm.evaluation.understanding import generated_accuracy, scored_accuracy
+from megavlm.evaluation.understanding import generated_accuracy, scored_accuracy, task_losses
 from megavlm.model.backbone import Backbone
 from megavlm.monitor.pictures import save_grid
 from megavlm.randomness import Purpose, integer_seed
@@ -65,10 +65,12 @@ def evaluate(run: str | Path, overrides: dict[str, Any] | None = None) -> dict[s
         for shard, url in enumerate(expand_shards("evaluation", settings.shards))
         for index, (key, members) in enumerate(read_shard(url))
     ]
-    log.info("scoring the answers to %d questions", len(samples))
-    scored = scored_accuracy(model.backbone, samples, model.encoder, model.costing, model.device)
+    losses = task_losses(model.backbone, samples, model.encoder, model.costing, model.device)
+    questions = [sample for sample in samples if "answer" in sample.meta]
+    log.info("scoring the answers to %d questions", len(questions))
+    scored = scored_accuracy(model.backbone, questions, model.encoder, model.costing, model.device)
     log.info("answering them freely")
-    generated = generated_accuracy(model.backbone, samples, model.encoder, model.costing, model.device)
+    generated = generated_accuracy(model.backbone, questions, model.encoder, model.costing, model.device)
     log.info("drawing %d images", settings.num_drawings)
     requests, labels = digits.prompts(settings.num_drawings)
     codes = model.draw(requests)
@@ -76,8 +78,9 @@ def evaluate(run: str | Path, overrides: dict[str, Any] | None = None) -> dict[s
     result = {
         "checkpoint": model.checkpoint.name,
         "route": settings.route,
+        "losses": losses,
         "understanding": {
-            "questions": len(samples),
+            "questions": len(questions),
             "accuracy_by_scoring": scored,
             "accuracy_by_free_generation": generated,
         },
