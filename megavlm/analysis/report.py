@@ -62,7 +62,6 @@ def analyze_drops(
     candidates = probe.curves(_progress("leaving"))
     if flops_share is not None:
         candidates += probe.bypasses(tuple(keep_ratios), _progress("bypassing"))
-    chosen = None if flops_share is None else suggest(probe, candidates, flops_share, shared)
     document = _head(subject) | {
         "dense_loss": dict(zip(TASKS, probe.dense.losses_t)),
         "dense_forward_flops": probe.dense.dense_flops,
@@ -70,10 +69,9 @@ def analyze_drops(
         "candidates": [_describe(candidate, probe.dense.dense_flops) for candidate in candidates],
     }
     folder = _folder(subject)
-    written = [
-        write_json(folder / "drops.json", document),
-        figures.drop_curves(candidates, probe.dense.dense_flops, probe.shape.num_layers, folder / "drops.png", chosen),
-    ]
+    written = [write_json(folder / "drops.json", document)]  # there even where the target is out of reach
+    chosen = None if flops_share is None else suggest(probe, candidates, flops_share, shared)
+    written.append(figures.drop_curves(candidates, probe.dense.dense_flops, probe.shape.num_layers, folder / "drops.png", chosen))
     _to_tensorboard(subject, written[1:])
     if chosen is not None:
         written.append(folder / "route.yaml")

@@ -41,6 +41,8 @@ def test_drops_with_a_route(trained, held_out, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         megavlm(monkeypatch, "analyze", "drops", trained, "--num_packs=1", "--flops_share=0.01", "--keep_ratios=0.25")
     assert "the least is" in capsys.readouterr().err
+    left = json.loads((trained / "analysis" / "drops.json").read_text())
+    assert left["samples_from"] == "training sources" and len(left["candidates"]) == 3 + 2 + 2 * 2, "what was measured is not thrown away"
 
 
 def test_geometry_over_all_checkpoints(trained, monkeypatch, capsys):
