@@ -89,10 +89,10 @@ def drop_curves(candidates: Sequence[Candidate], dense_flops: float, num_layers:
     left.legend(fontsize=8)
     right.set_xlabel("saved share of all forward FLOPs")
     right.set_ylabel("rise of the training's loss (weighted)")
-    title = "circles: the curves on the left; dots: bypasses"
+    title = "circles: as on the left; dots: bypasses"
     if chosen is not None:
         right.plot(1 - chosen.flops_share, chosen.weighted_rise, "*", color="black", markersize=14)
-        title += "; star: the suggested pair"
+        title += "; star: suggested"
     right.set_title(f"what is paid for what is saved\n{title}", fontsize=10)
     for axis in (left, right):
         axis.axhline(0, color="grey", linewidth=0.8)

@@ -28,7 +28,7 @@ def test_training_is_bit_identical_with_instruments_on(make_config, tmp_path):
     for policy in ("random_ltd", "late_drop_and_gates"):
         understanding, generation = POLICIES[policy]
         routing = {"routing.understanding": understanding.model_dump(), "routing.generation": generation.model_dump()}
-        steps = [[_pack(kinds[(lane + 3 * step) % len(kinds)], policy, lane, step) for lane in range(4)] for step in range(3)]
+        steps = [[_pack(kinds[(lane + 2 * step) % len(kinds)], policy, lane, step) for lane in range(4)] for step in range(3)]
         for name, more in (("plain", {}), ("watched", ON)):
             jobs[policy, name] = make_config(routing | {"optimizer.warmup_steps": 0} | more, tmp_path / policy / name), steps
     for result in run_ranks(2, train_on_each, jobs):
