@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
@@ -335,11 +336,10 @@ def _import_modules(tree: dict, recipe: Path) -> None:
         RunConfig.model_rebuild(force=True)
 
 
-def import_user_module(name: str) -> None:
+def import_user_module(name: str) -> ModuleType:
     """Import a module by its name, or a file by its path; a second time is no harm."""
     if not name.endswith(".py"):
-        importlib.import_module(name)
-        return
+        return importlib.import_module(name)
     path = Path(name).resolve()
     key = "megavlm_user_" + re.sub(r"\W", "_", str(path))
     if key not in sys.modules:
@@ -347,6 +347,7 @@ def import_user_module(name: str) -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[key] = module
+    return sys.modules[key]
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -17,6 +17,7 @@ from sklearn.svm import SVC
 
 from megavlm.data.sample import Record, Segment
 from megavlm.errors import MegavlmError
+from megavlm.frechet import frechet_distance, mean_and_covariance
 from megavlm.model.image_tokenizer import PixelTokenizer
 from megavlm.randomness import Purpose, stream
 from megavlm.vocabulary import train_text_model
@@ -152,8 +153,4 @@ class Judge:
     def _distance(self, pixels: np.ndarray) -> float:
         drawn = self._features.transform(pixels)
         real = self._features.transform(self._test.codes.reshape(len(self._test.codes), -1))
-        cov_drawn, cov_real = np.cov(drawn, rowvar=False), np.cov(real, rowvar=False)
-        # the eigenvalues of a product of two covariances are real and not negative, up to rounding
-        root_trace = np.sqrt(np.linalg.eigvals(cov_drawn @ cov_real).real.clip(min=0)).sum()
-        mean_term = ((drawn.mean(0) - real.mean(0)) ** 2).sum()
-        return float(mean_term + np.trace(cov_drawn) + np.trace(cov_real) - 2 * root_trace)
+        return frechet_distance(*mean_and_covariance(drawn), *mean_and_covariance(real))
