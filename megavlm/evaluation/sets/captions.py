@@ -46,8 +46,8 @@ def _grams(tokens: list[str], n: int) -> Counter:
 def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> float:
     """BLEU-4 of a set, from 0 to 1 (Papineni et al. 2002), without smoothing.
 
-    exp(min(0, 1 - r/c)) · (p1 p2 p3 p4)^¼. p_n: n-grams of all candidates that stand in a reference of theirs, each counted as often as in
-    the reference that has it most, over all n-grams of all candidates. c: words of all candidates; r: of the references that are closest
+    exp(min(0, 1 - r/c)) · (p1 p2 p3 p4)^¼. p_n: n-grams of all candidates that stand in a reference of theirs, each counted as often as
+    in the reference that has it most, over all n-grams of all candidates. c: words of all candidates; r: of the references that are closest
     in length to each, the shorter one if two are.
 
     Args:

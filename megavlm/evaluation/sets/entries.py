@@ -1,6 +1,7 @@
 """Sets in local files: their entries, their images, and the account of what is wrong with some of them.
 
-A set is JSON lines, a JSON list, or a JSON object of id → entry. Which one is seen from the content: many published ``.json`` files are lines.
+A set is JSON lines, a JSON list, or a JSON object of id → entry. Which one is seen from the content: many published ``.json`` files are
+lines.
 """
 
 import json

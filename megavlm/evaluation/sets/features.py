@@ -61,7 +61,8 @@ def call_features(function: Callable, inputs, num: int, option: str) -> np.ndarr
     features = np.asarray(function(inputs), np.float64)
     if features.ndim != 2 or len(features) != num or not np.isfinite(features).all():
         raise MegavlmError(
-            f"{option} gave {features.shape} for {num} inputs, or numbers that are not finite\n  do:    give one row of finite numbers for each"
+            f"{option} gave {features.shape} for {num} inputs, or numbers that are not finite\n"
+            "  do:    give one row of finite numbers for each"
         )
     return features
 

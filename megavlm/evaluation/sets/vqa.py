@@ -23,7 +23,7 @@ CONTRACTIONS = {
     for stem in "ain aren can couldn didn doesn don hadn hasn haven isn mightn mustn needn shouldn wasn weren won wouldn".split()
 } | {
     word.replace("'", ""): word
-    for word in "i'm i've you're you've he's she's that's there's they're they've we've what's where's who's could've should've would've".split()
+    for word in "i'm i've you're you've he's she's that's there's they're they've we've what's where's who's could've should've".split()
 }
 NUM_ANNOTATORS = 10
 """People who answered each question of VQA; the score is defined on them."""
@@ -139,7 +139,9 @@ class VqaScore:
         """Means; ``vqa_score`` is None where no question has ten answers."""
         soft = [value for values in self._soft.values() for value in values]
         groups = {
-            group: {"questions": len(values)} | _means(values, self._soft.get(group, [])) for group, values in sorted(self._exact.items()) if group
+            group: {"questions": len(values)} | _means(values, self._soft.get(group, []))
+            for group, values in sorted(self._exact.items())
+            if group
         }
         exact = [value for values in self._exact.values() for value in values]
         return _means(exact, soft) | {"questions_with_ten_answers": len(soft), "by_group": groups}

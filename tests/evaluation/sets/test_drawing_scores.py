@@ -153,7 +153,8 @@ def test_fid_of_drawings_equal_to_the_real_ones_is_zero(tmp_path):
 
 def test_clip_score_by_hand():
     image = {0: [3.0, 4.0], 1: [0.0, 2.0]}
-    score = ClipScore(lambda images: [image[int(i[0, 0, 0])] for i in images], lambda texts: [[1.0, 0.0] if t == "x" else [0.0, -5.0] for t in texts])
+    text = {"x": [1.0, 0.0], "y": [0.0, -5.0]}
+    score = ClipScore(lambda images: [image[int(i[0, 0, 0])] for i in images], lambda texts: [text[t] for t in texts])
     images = np.zeros((2, 1, 1, 3), np.uint8)
     images[1] = 1
     verdicts = score.add([Item("", "x", None), Item("", "y", None)], images)
