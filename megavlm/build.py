@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from megavlm.config import RunConfig
@@ -17,22 +18,38 @@ from megavlm.data.sources import State, make_sources
 from megavlm.data.urls import Opener
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.image_tokenizer import ImageTokenizer, PixelTokenizer
+from megavlm.model.vq_tokenizer import VQTokenizer
 from megavlm.routing.policies import Dense
 from megavlm.routing.route import RoutingPlan, Schedule
 from megavlm.vocabulary import Vocabulary
 
 
-def build_image_tokenizer(config: RunConfig) -> ImageTokenizer:
+def build_image_tokenizer(config: RunConfig, device: str | torch.device = "cpu") -> ImageTokenizer:
+    """The image tokenizer; its weights, if it has any, are read when they are needed."""
     settings = config.vocabulary.image_tokenizer
-    return PixelTokenizer(settings.levels, settings.height, settings.width)
+    if settings.kind == "pixel":
+        return PixelTokenizer(settings.levels, settings.height, settings.width)
+    return VQTokenizer(settings.path, settings.height, settings.width, device, settings.fingerprint)
+
+
+def with_fingerprint(config: RunConfig) -> RunConfig:
+    """The configuration with the fingerprint of its VQ model; reads the weights."""
+    settings = config.vocabulary.image_tokenizer
+    if settings.kind == "pixel":
+        return config
+    fingerprint = VQTokenizer(settings.path, settings.height, settings.width).fingerprint
+    vocabulary = config.vocabulary.model_copy(
+        update={"image_tokenizer": settings.model_copy(update={"fingerprint": fingerprint})}
+    )
+    return config.model_copy(update={"vocabulary": vocabulary})
 
 
 def build_vocabulary(config: RunConfig) -> Vocabulary:
     return Vocabulary(config.vocabulary.text_model, build_image_tokenizer(config).codebook_size)
 
 
-def build_encoder(config: RunConfig, unconditional_ratio: float) -> Encoder:
-    return Encoder(build_vocabulary(config), build_image_tokenizer(config), unconditional_ratio, config.seed)
+def build_encoder(config: RunConfig, unconditional_ratio: float, device: str | torch.device = "cpu") -> Encoder:
+    return Encoder(build_vocabulary(config), build_image_tokenizer(config, device), unconditional_ratio, config.seed)
 
 
 def build_causal_lm(config: RunConfig, vocabulary: Vocabulary):

@@ -11,8 +11,8 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import ModuleType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError
@@ -44,12 +44,27 @@ class PixelTokenizerConfig(Settings):
     """Columns of codes per image."""
 
 
+class VQTokenizerConfig(Settings):
+    """The VQ model of Chameleon, Emu3 or Janus, or one trained by `megavlm data image-tokenizer` (`megavlm.model.vq_tokenizer`)."""
+
+    kind: Literal["vq"]
+    """Which tokenizer."""
+    path: str
+    """Folder written by `save_pretrained`, of the VQ model or of the whole model around it. It is not copied into the run folder."""
+    height: Positive
+    """Rows of codes per image."""
+    width: Positive
+    """Columns of codes per image."""
+    fingerprint: str | None = None
+    """Filled in at the start of a run: the SHA-256 of the VQ model. A run does not go on with another one."""
+
+
 class VocabularyConfig(Settings):
     """What ids mean: text pieces, special tokens, image codes."""
 
     text_model: str
-    """Path of a SentencePiece model; a copy is kept in the run folder."""
-    image_tokenizer: PixelTokenizerConfig = PixelTokenizerConfig()
+    """Path of a SentencePiece model, or of a Hugging Face folder with `tokenizer.json`; a copy is kept in the run folder."""
+    image_tokenizer: Annotated[PixelTokenizerConfig | VQTokenizerConfig, Field(discriminator="kind")] = PixelTokenizerConfig()
     """How images become codes."""
 
 
@@ -410,6 +425,9 @@ def _all_paths(annotation: Any, prefix: str = "") -> Iterator[str]:
     elif annotation is Policy:
         for policy in POLICIES.values():
             yield from _all_paths(policy, prefix)
+    elif get_origin(annotation) in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _all_paths(member, prefix)
     elif isinstance(annotation, type) and issubclass(annotation, Settings):
         for name, field in annotation.model_fields.items():
             yield prefix + name

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 from megavlm.errors import ConfigError
+from megavlm.tokenizer_cli import TokenizerCommands, as_shards, source_of
 
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
 
 
-class DataCommands:
+class DataCommands(TokenizerCommands):
     """Write data, look at it, and try how it packs."""
 
     def digits(self, out: str):
@@ -51,7 +52,7 @@ class DataCommands:
         from megavlm.data.shards import expand_shards
         from megavlm.data.urls import is_local, local_path
 
-        for url in expand_shards("shards", _shards(shards)):
+        for url in expand_shards("shards", as_shards(shards)):
             if not is_local(url):
                 raise ConfigError(f"{url} is not a local file\n  do:    write the index where the shard is, and copy both")
             print(f"{url}: {write_index(Path(local_path(url))).samples} samples")
@@ -82,7 +83,7 @@ class DataCommands:
         from megavlm.data.inspect import inspect
         from megavlm.data.shards import expand_shards
 
-        print(inspect(expand_shards("shards", _shards(shards)), _source(format), Path(str(out))), end="")
+        print(inspect(expand_shards("shards", as_shards(shards)), source_of(format), Path(str(out))), end="")
         print(f"contact sheet: {out}")
 
     def lint(self, shards, format: str = "megavlm", recipe: str = "", **overrides):
@@ -108,7 +109,7 @@ class DataCommands:
             config = load_config(recipe, overrides)
             encoder = build_encoder(config, 0.0)
             check = lambda sample: encode_within(sample, encoder, config.data.pack_tokens, config.data.over_long)  # noqa: E731
-        report = lint(expand_shards("shards", _shards(shards)), _source(format), check)
+        report = lint(expand_shards("shards", as_shards(shards)), source_of(format), check)
         for problem in report.problems:
             print(problem)
         print(f"{report.num_samples} samples, {len(report.problems)} problems")
@@ -136,8 +137,8 @@ class DataCommands:
             from megavlm.config import load_config
 
             encoder = build_encoder(load_config(recipe, overrides), 0.0)
-        urls = expand_shards("shards", _shards(shards))
-        print(json.dumps(stats(urls, _source(format), Path(str(out)), encoder), indent=1))
+        urls = expand_shards("shards", as_shards(shards))
+        print(json.dumps(stats(urls, source_of(format), Path(str(out)), encoder), indent=1))
 
     def preview(self, shards, format: str = "megavlm", out: str = "preview.png", num: int = 40):
         """Show the first samples: a contact sheet (PNG) and a page with the whole texts (HTML).
@@ -152,27 +153,8 @@ class DataCommands:
         from megavlm.data.shards import expand_shards
 
         path = Path(str(out))
-        report = preview(expand_shards("shards", _shards(shards)), _source(format), path, num)
+        report = preview(expand_shards("shards", as_shards(shards)), source_of(format), path, num)
         print(f"{path} and {path.with_suffix('.html')}, {len(report.problems)} problems on the way")
-
-    def tokenizer(self, shards, out: str, vocab_size: int = 32000, format: str = "megavlm"):
-        """Train a SentencePiece model on the texts of shards.
-
-        Args:
-            shards: Path or URL, braces expand.
-            out: The .model file to write.
-            vocab_size: Upper bound of its size.
-            format: How samples are written.
-        """
-        from megavlm.data.lint import Report, read_samples
-        from megavlm.data.shards import expand_shards
-        from megavlm.vocabulary import train_text_model
-
-        report = Report()
-        samples = read_samples(expand_shards("shards", _shards(shards)), _source(format), report)
-        texts = (segment.text for sample in samples for segment in sample.segments if segment.text)
-        train_text_model(texts, Path(str(out)), vocab_size)
-        print(f"{out}: trained on {report.num_samples} samples, {len(report.problems)} of them left out as broken")
 
     def simulate(
         self,
@@ -214,15 +196,3 @@ class DataCommands:
         result = simulate(situation, lanes, steps, first_step, processes or len(os.sched_getaffinity(0)))
         title = f"{lanes} lanes, steps {first_step} to {steps}, {recipe or 'the standard mixture'}"
         print(json.dumps(report(result, Path(str(out)), title), indent=1))
-
-
-def _shards(value) -> str | list[str]:
-    return [str(url) for url in value] if isinstance(value, (list, tuple)) else str(value)
-
-
-def _source(format: str):
-    from megavlm.config import SourceConfig
-    from megavlm.data.formats import find_format
-
-    find_format(format)
-    return SourceConfig(shards="none", format=format)

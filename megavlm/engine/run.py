@@ -17,8 +17,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megavlm.build import with_mixture
+from megavlm.build import build_image_tokenizer, with_fingerprint, with_mixture
 from megavlm.config import RunConfig, load_config, save_config
+from megavlm.data.sources import make_sources
+from megavlm.data.tokenize import check_codes
 from megavlm.engine.manifest import complete_checkpoints
 from megavlm.engine.distributed import World
 from megavlm.errors import ConfigError, MegavlmError
@@ -62,6 +64,15 @@ class RunFolder:
         if world.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             logging.getLogger().addHandler(_file_handler(self.log_file))
+            config = with_fingerprint(config)
+            tokenizer = build_image_tokenizer(config)
+            for source in make_sources(config.data.sources):
+                check_codes(source.urls, tokenizer)
+            if config.monitor.sample_every_steps and not tokenizer.has_decoder:
+                raise ConfigError(
+                    "monitor.sample_every_steps: the image tokenizer cannot decode, so there is nothing to show\n"
+                    "  do:    set it to null, or choose another tokenizer"
+                )
             if self.config_file.exists():
                 config = self._adopt(config)
             config = with_mixture(config)

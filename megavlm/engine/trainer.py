@@ -65,7 +65,7 @@ class Trainer:
         self.watchdog = Watchdog(
             self.folder.hangs, world.rank, world.size, faults.step_budget_s, faults.steady_step_budget_factor
         )
-        self.encoder = build.build_encoder(config, unconditional_ratio=0.0)
+        self.encoder = build.build_encoder(config, 0.0, world.device)
         # the same weights on every rank: DeepSpeed keeps rank 0's, but a frozen seed costs nothing
         torch.manual_seed(config.seed)
         causal_lm = build.build_causal_lm(config, self.encoder.vocabulary)

@@ -1,8 +1,10 @@
 """Image tokenizers: ``encode(images) -> codes`` and ``decode(codes) -> images``.
 
-Every tokenizer works on images of one size and gives a grid of ``height x width`` codes out of ``codebook_size``.
+Every tokenizer gives a grid of ``height x width`` codes out of ``codebook_size``. Those of pretrained models are in `megavlm.model.vq_tokenizer`.
 """
 
+import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,14 +12,17 @@ from PIL import Image
 
 
 class ImageTokenizer(Protocol):
-    """What the encoder, the sampler and the evaluation need of a tokenizer."""
+    """What the encoder, the sampler and the evaluation need of a tokenizer. Sizes are known without reading weights."""
 
     codebook_size: int
     height: int
     width: int
+    has_decoder: bool
+    fingerprint: str
+    """Differs between tokenizers that give different codes."""
 
-    def encode(self, images_NHWC: np.ndarray) -> np.ndarray:
-        """uint8 RGB images ``[N, H, W, 3]`` of any size to codes ``[N, height, width]``."""
+    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """uint8 RGB images ``[H, W, 3]`` of any sizes to codes ``[N, height, width]``."""
 
     def decode(self, codes_Nhw: np.ndarray) -> np.ndarray:
         """Codes ``[N, height, width]`` to uint8 RGB images ``[N, H, W, 3]``."""
@@ -34,15 +39,20 @@ class PixelTokenizer:
         width: Columns of the grid.
     """
 
+    has_decoder = True
+
     def __init__(self, levels: int, height: int, width: int):
         self.codebook_size, self.height, self.width = levels, height, width
+        self.fingerprint = hashlib.sha256(f"pixel {levels}".encode()).hexdigest()
 
-    def encode(self, images_NHWC: np.ndarray) -> np.ndarray:
-        if images_NHWC.shape[1:3] != (self.height, self.width):
-            size = (self.width, self.height)
-            images_NHWC = np.stack(
-                [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images_NHWC]
-            )
+    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        size = (self.width, self.height)
+        images_NHWC = np.stack(
+            [
+                image if image.shape[1::-1] == size else np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+                for image in images
+            ]
+        )
         grey_Nhw = images_NHWC.astype(np.float64).mean(axis=3)
         return np.rint(grey_Nhw * (self.codebook_size - 1) / 255).astype(np.int64)
 
