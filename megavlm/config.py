@@ -59,12 +59,29 @@ class VQTokenizerConfig(Settings):
     """Filled in at the start of a run: the SHA-256 of the VQ model. A run does not go on with another one."""
 
 
+class CompressedTokenizerConfig(Settings):
+    """A UniCompress plug-in around another tokenizer (`megavlm.model.compressed_tokenizer`)."""
+
+    kind: Literal["compressed"]
+    """Which tokenizer."""
+    path: str
+    """Folder written by `megavlm data compressor`. It is not copied into the run folder."""
+    around: Annotated[PixelTokenizerConfig | VQTokenizerConfig, Field(discriminator="kind")]
+    """The tokenizer that the plug-in was trained around."""
+    understanding: Literal["continuous", "discrete"] = "continuous"
+    """What the model reads of an image: the tokens as features, through a projection of its own; or their codes, as it draws them."""
+    fingerprint: str | None = None
+    """Filled in at the start of a run: of the plug-in and the tokenizer inside. A run does not go on with others."""
+
+
 class VocabularyConfig(Settings):
     """What ids mean: text pieces, special tokens, image codes."""
 
     text_model: str
     """Path of a SentencePiece model, or of a Hugging Face folder with `tokenizer.json`; a copy is kept in the run folder."""
-    image_tokenizer: Annotated[PixelTokenizerConfig | VQTokenizerConfig, Field(discriminator="kind")] = PixelTokenizerConfig()
+    image_tokenizer: Annotated[
+        PixelTokenizerConfig | VQTokenizerConfig | CompressedTokenizerConfig, Field(discriminator="kind")
+    ] = PixelTokenizerConfig()
     """How images become codes."""
 
 

@@ -71,8 +71,9 @@ def evaluate(run: str | Path, overrides: dict[str, Any] | None = None) -> dict[s
     generated = generated_accuracy(model.backbone, samples, model.encoder, model.costing, model.device)
     log.info("drawing %d images", settings.num_drawings)
     requests, labels = digits.prompts(settings.num_drawings)
-    codes = model.draw(requests)
-    judge = digits.Judge()
+    drawn = model.image_tokenizer.decode(model.draw(requests))
+    # the judge looks at pixels, whatever the model's own codes are
+    codes, judge = digits.TOKENIZER.encode(drawn), digits.Judge()
     result = {
         "checkpoint": model.checkpoint.name,
         "route": settings.route,
@@ -95,7 +96,7 @@ def evaluate(run: str | Path, overrides: dict[str, Any] | None = None) -> dict[s
     model.folder.evaluation.write_text(json.dumps(result, indent=2))
     shown = min(50, len(requests))
     save_grid(
-        model.image_tokenizer.decode(codes[:shown]),
+        drawn[:shown],
         requests[:shown],
         model.folder.path / "drawings.png",
         title=f"drawn by {run}, {model.checkpoint.name}",

@@ -126,8 +126,12 @@ class PlugIn(nn.Module):
         self.quantizer = Quantizer(settings.codebook_size, settings.embedding_width)
         self.decompressor = Decompressor(settings)
 
-    def forward(self, codes_Nhw: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, codes_Nhw: torch.Tensor, quantised: bool = True) -> dict[str, torch.Tensor]:
         """Losses of dense codes, and what was used.
+
+        Args:
+            codes_Nhw: Dense codes.
+            quantised: Restore from entries of the codebook; else from the features themselves, and ``codebook`` is 0.
 
         Returns:
             ``regression``, ``consistency`` and ``codebook`` are scalars to be added up; ``accuracy`` is the share of codes that are the
@@ -135,6 +139,8 @@ class PlugIn(nn.Module):
         """
         features_NPD = self.compressor(codes_Nhw)
         tokens_NPD, indices_NP, codebook_loss = self.quantizer(features_NPD)
+        if not quantised:
+            tokens_NPD, codebook_loss = features_NPD, 0.0 * codebook_loss
         codes_NL = codes_Nhw.flatten(1)
         dense_NLD = self.compressor.embedding(codes_NL)
         regressed_NLD, logits_NLV = self.decompressor(tokens_NPD, dense_NLD)
