@@ -7,6 +7,7 @@ that was given and, for a name that does not exist, the nearest one that does.
 import difflib
 import importlib
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from types import ModuleType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from megavlm.data.mixture import SourceMixture
 from megavlm.data.overlong import OVER_LONG
@@ -163,11 +164,27 @@ class RoutingConfig(Settings):
     """Over this last share of the steps everything is kept, because inference is dense."""
 
 
+NOT_ARCHITECTURE = ("vocab_size", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "_name_or_path",
+                    "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+"""Fields of a pretrained model's config.json that say nothing about its layers, or that the run's own vocabulary replaces."""
+
+
+def _architecture_of(folder: str) -> dict[str, Any]:
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError("is neither a mapping nor a folder with config.json")
+    tree = json.loads(file.read_text())
+    if "auto_map" in tree:
+        raise ValueError("needs code of its own, which is never run")
+    return {name: value for name, value in tree.items() if name not in NOT_ARCHITECTURE}
+
+
 class ModelConfig(Settings):
     """The backbone: decoder layers of a stock Hugging Face model."""
 
-    architecture: dict[str, Any]
-    """A `transformers` configuration: `model_type` and its fields. `vocab_size` is set by the vocabulary."""
+    architecture: Annotated[dict[str, Any], BeforeValidator(lambda given: _architecture_of(given) if isinstance(given, str) else given)]
+    """A `transformers` configuration: `model_type` and its fields, or the folder of a pretrained model, whose `config.json` is then taken over.
+    `vocab_size` is set by the vocabulary."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; `auto` is bfloat16 on CUDA and float32 on CPU."""
     activation_checkpointing: bool = False
@@ -273,10 +290,10 @@ class MonitorConfig(Settings):
 class EvaluationConfig(Settings):
     """How `megavlm evaluate` samples and what it judges with."""
 
-    benchmark: Literal["digits"] | None = None
-    """The built-in benchmark whose held-out samples and judge are used."""
+    benchmark: str | None = None
+    """What is asked and who judges: digits, shapes, or `module:Class` (see `megavlm.evaluation.benchmark`)."""
     shards: str | list[str] | None = None
-    """The held-out samples."""
+    """The held-out samples of the benchmark."""
     num_drawings: Positive = 200
     """Images to draw, evenly over the benchmark's prompts."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -297,8 +314,8 @@ class RunConfig(Settings):
     seed: int = Field(default=0, ge=0)
     """Of weights, data order, routing and drawing."""
     init_from: str | None = None
-    """Begin with the weights of another run (its folder, or one of its checkpoints) or of an exported folder. Only weights: the
-    optimizer, the schedule and the data begin anew. Without effect once the run has a checkpoint of its own."""
+    """Begin with the weights of another run (its folder, or one of its checkpoints), of an exported folder, or of a pretrained Hugging Face
+    model. Only weights: the optimizer, the schedule and the data begin anew. Without effect once the run has a checkpoint of its own."""
     model: ModelConfig
     vocabulary: VocabularyConfig
     data: DataConfig

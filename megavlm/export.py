@@ -1,7 +1,6 @@
 """From a checkpoint to a folder that `transformers` loads."""
 
 import json
-import shutil
 from pathlib import Path
 
 from megavlm import build
@@ -9,14 +8,14 @@ from megavlm.checkpoints import find
 from megavlm.engine.checkpoint import load_weights
 from megavlm.engine.run import RunFolder
 from megavlm.errors import MegavlmError
-from megavlm.vocabulary import SPECIALS
+from megavlm.vocabulary import SPECIALS, copy_text_model
 
 
 def export(source: Path, out: Path) -> str:
     """Write weights, configuration and vocabulary of a checkpoint.
 
     ``AutoModelForCausalLM.from_pretrained(out)`` gives the same logits; a tied output head is stored once. Beside it lie
-    ``text.model`` (SentencePiece) and ``vocabulary.json``, which says where text, special tokens and image codes begin.
+    ``text.model`` (a SentencePiece file, or a folder with ``tokenizer.json``) and ``vocabulary.json``, which says where text, special tokens and image codes begin.
 
     Args:
         source: A run folder (its newest checkpoint) or a checkpoint in one.
@@ -39,7 +38,7 @@ def export(source: Path, out: Path) -> str:
     load_weights(checkpoint, backbone)
     left_out = [name for name, _ in backbone.named_parameters() if not name.startswith("causal_lm.")]
     causal_lm.save_pretrained(out)
-    shutil.copyfile(folder.text_model, out / "text.model")
+    copy_text_model(folder.text_model, out / "text.model")
     layout = {
         "size": vocabulary.size,
         "num_text": vocabulary.num_text,

@@ -1,37 +1,131 @@
 """One id space for everything the model reads and writes: ``text | special | image codes``.
 
-    0 … num_text-1                 pieces of the SentencePiece model
+    0 … num_text-1                 text: pieces of a SentencePiece model, or the rows of a pretrained model's embedding
     num_text … +len(SPECIALS)-1    <bos> <eos> <boi> <eoi> <unconditional>
     the rest                       the image tokenizer's codebook
+
+The text of a pretrained backbone keeps its ids. Its rows may be more than its tokenizer has pieces (they are padded for speed): they are
+counted as its ``config.json`` says.
 """
 
+import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
+import tokenizers
 
 from megavlm.errors import ConfigError
 
 SPECIALS = ("<bos>", "<eos>", "<boi>", "<eoi>", "<unconditional>")
 
 
+class TextTokenizer(Protocol):
+    """Texts to ids and back."""
+
+    num_text: int
+    """Ids are smaller than this."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without special tokens; nothing that stands in the text becomes one."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text; special tokens are left out."""
+
+
+class SentencePieceText:
+    """A SentencePiece model.
+
+    Args:
+        path: The ``.model`` file.
+    """
+
+    def __init__(self, path: Path):
+        self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.num_text = self._model.vocab_size()
+        self.encode, self.decode = self._model.encode, self._model.decode
+
+
+class HuggingFaceText:
+    """The tokenizer of a pretrained model, from ``tokenizer.json`` alone: nothing is downloaded, no code of the folder runs.
+
+    Args:
+        folder: Of the pretrained model; without ``config.json`` the ids are counted.
+    """
+
+    def __init__(self, folder: Path):
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        # "<|im_end|>" in a caption is text
+        self._tokenizer.encode_special_tokens = True
+        num_pieces = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.num_text = num_pieces
+        if (folder / "config.json").is_file():
+            tree = json.loads((folder / "config.json").read_text())
+            self.num_text = tree.get("text_config", tree).get("vocab_size", num_pieces)
+        if self.num_text < num_pieces:
+            raise ConfigError(
+                f"vocabulary.text_model: {folder} has {num_pieces} pieces, but its config.json says vocab_size {self.num_text}\n"
+                "  do:    use the tokenizer that belongs to the model"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def load_text_tokenizer(path: str | Path) -> TextTokenizer:
+    """The tokenizer of a SentencePiece file or a Hugging Face folder.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    path = Path(path)
+    if (path / TOKENIZER_FILE).is_file():
+        return HuggingFaceText(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"vocabulary.text_model: no SentencePiece model at {path}, and no folder with {TOKENIZER_FILE}\n"
+            f"  do:    write the benchmark's data (`megavlm data digits {path.parent}`), or correct the path"
+        )
+    return SentencePieceText(path)
+
+
+def copy_text_model(source: Path, target: Path) -> None:
+    """Copy what `load_text_tokenizer` reads: a file, or of a folder the tokenizer and the configuration."""
+    if source.is_file():
+        shutil.copyfile(source, target)
+        return
+    target.mkdir(exist_ok=True)
+    for name in (TOKENIZER_FILE, "config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def same_text_model(first: Path, second: Path) -> bool:
+    """Whether two Hugging Face folders have the same tokenizer."""
+    files = [path / TOKENIZER_FILE for path in (first, second)]
+    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
+
+
 class Vocabulary:
     """Text pieces, special tokens and image codes with their ids.
 
     Args:
-        text_model: Path of a SentencePiece model.
+        text_model: Path of a SentencePiece model, or of a Hugging Face folder.
         codebook_size: Number of codes of the image tokenizer.
     """
 
     def __init__(self, text_model: str | Path, codebook_size: int):
-        if not Path(text_model).is_file():
-            raise ConfigError(
-                f"vocabulary.text_model: no SentencePiece model at {text_model}\n"
-                f"  do:    write the benchmark's data (`megavlm data digits {Path(text_model).parent}`) or correct the path"
-            )
-        self.text = sentencepiece.SentencePieceProcessor(model_file=str(text_model))
-        self.num_text = self.text.vocab_size()
+        self.text_model, self.text = Path(text_model), load_text_tokenizer(text_model)
+        self.num_text = self.text.num_text
         self.codebook_size = codebook_size
         self.bos, self.eos, self.boi, self.eoi, self.unconditional = (
             self.num_text + i for i in range(len(SPECIALS))

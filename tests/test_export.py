@@ -44,7 +44,7 @@ def test_export_and_init_from(run, make_config, tmp_path):
 
     for source in (folder, find(folder)[-1], tmp_path / "out"):
         fresh = build.build_causal_lm(config, vocabulary)
-        load_initial_weights(str(source), fresh)
+        load_initial_weights(str(source), fresh, vocabulary)
         with torch.no_grad():
             assert fresh.eval()(tokens).logits.equal(expected)
     other = make_config(
@@ -64,6 +64,7 @@ def test_weights_that_do_not_fit_are_refused(run, make_config, tmp_path):
     export(folder, tmp_path / "out")
     for source in (folder, tmp_path / "out"):
         with pytest.raises(ConfigError, match="do not fit this model"):
-            load_initial_weights(str(source), build.build_causal_lm(wider, build.build_vocabulary(wider)))
+            vocabulary = build.build_vocabulary(wider)
+            load_initial_weights(str(source), build.build_causal_lm(wider, vocabulary), vocabulary)
     with pytest.raises(ConfigError, match="holds no weights"):
-        load_initial_weights(str(tmp_path), build.build_causal_lm(config, build.build_vocabulary(config)))
+        load_initial_weights(str(tmp_path), build.build_causal_lm(config, vocabulary), vocabulary)

@@ -15,10 +15,10 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from megavlm.data.sample import Record, Segment
+from megavlm.data.sample import Record, Sample, Segment
 from megavlm.errors import MegavlmError
 from megavlm.frechet import frechet_distance, mean_and_covariance
-from megavlm.model.image_tokenizer import PixelTokenizer
+from megavlm.model.image_tokenizer import ImageTokenizer, PixelTokenizer
 from megavlm.randomness import Purpose, stream
 from megavlm.vocabulary import train_text_model
 
@@ -154,3 +154,21 @@ class Judge:
         drawn = self._features.transform(pixels)
         real = self._features.transform(self._test.codes.reshape(len(self._test.codes), -1))
         return frechet_distance(*mean_and_covariance(drawn), *mean_and_covariance(real))
+
+
+class DigitsBenchmark:
+    """Digits read and drawn; see `megavlm.evaluation.benchmark.Benchmark`."""
+
+    def __init__(self, samples: list[Sample], num_drawings: int, image_tokenizer: ImageTokenizer):
+        self.questions = samples
+        self.requests, self._labels = prompts(num_drawings)
+
+    def judge(self, images_NHWC: np.ndarray) -> dict[str, float]:
+        # the judge looks at pixels, whatever the model's own codes are
+        codes_Nhw, judge = TOKENIZER.encode(images_NHWC), Judge()
+        return {
+            "accuracy_by_judge": judge.accuracy(codes_Nhw, self._labels),
+            "judge_accuracy_on_held_out_real_digits": judge.accuracy_on_real(),
+            "frechet_distance": judge.distance(codes_Nhw),
+            "frechet_distance_of_real_training_digits": judge.distance_of_real(),
+        }

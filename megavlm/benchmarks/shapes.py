@@ -2,7 +2,14 @@
 
 Everything about a scene follows from (seed, split, number). Scenes are read (questions about count, colour, relation and existence, each
 with one exact answer) and drawn (from captions). Held-out compositions, `HELD_OUT`, are pairs of colour and form that no training scene
-shows; every test scene has at least one. `see` finds the shapes in an image again, so that a drawing can be judged exactly: is there
+shows. The splits:
+
+    train    scenes without held-out compositions
+    seen     test scenes like those of training
+    test     test scenes, each with at least one held-out composition
+    images   all compositions alike, to train an image tokenizer on: it should be no worse at what the model has never seen
+
+`see` finds the shapes in an image again, so that a drawing can be judged exactly: is there
 a red circle left of a blue square?
 """
 
@@ -31,7 +38,7 @@ SIDES = {"small": 0.19, "large": 0.28}
 """Height and width of a shape as a share of the image."""
 NUMBERS = ("zero", "one", "two", "three", "four")
 HELD_OUT = {("red", "triangle"), ("green", "cross"), ("blue", "circle"), ("yellow", "square")}
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "seen", "images")
 CELLS = 3
 """A shape stands in a cell of a grid of 3 x 3, no two in one."""
 
@@ -60,8 +67,9 @@ def scene(seed: int, split: str, number: int) -> Scene:
     every = [(color, form) for color in COLORS for form in FORMS]
     usual = [kind for kind in every if kind not in HELD_OUT]
     num = int(rng.integers(1, 5))
-    if split == "train":
-        kinds = [usual[i] for i in rng.permutation(len(usual))[:num]]
+    if split != "test":
+        allowed = every if split == "images" else usual
+        kinds = [allowed[i] for i in rng.permutation(len(allowed))[:num]]
     else:
         first = sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))]
         rest = [kind for kind in every if kind != first]
@@ -191,29 +199,29 @@ def satisfies(image: np.ndarray, asked: Prompt) -> dict[str, bool]:
     return {"shapes": there, "relation": holds, "all": there and holds}
 
 
-def question(shapes: Scene, rng: np.random.Generator) -> tuple[str, str, tuple[str, ...]]:
-    """A question about a scene: its text, the answer, and all answers of its kind."""
+def question(shapes: Scene, rng: np.random.Generator) -> tuple[str, str, tuple[str, ...], str]:
+    """A question about a scene: its text, the answer, all answers of its kind, and the kind."""
     colors, yes_no = tuple(COLORS), ("yes", "no")
     kind = ("count", "color", "relation", "existence")[int(rng.integers(4))]
     forms = [shape.form for shape in shapes]
     if kind == "count":
         form = FORMS[int(rng.integers(len(FORMS)))] if rng.integers(2) else "shape"
         count = len(shapes) if form == "shape" else forms.count(form)
-        return f"How many {form + ('es' if form == 'cross' else 's')} are there?", NUMBERS[count], NUMBERS
+        return f"How many {form + ('es' if form == 'cross' else 's')} are there?", NUMBERS[count], NUMBERS, kind
     single = [shape for shape in shapes if forms.count(shape.form) == 1]
     if kind == "color" and single:
         shape = single[int(rng.integers(len(single)))]
-        return f"What colour is the {shape.form}?", shape.color, colors
+        return f"What colour is the {shape.form}?", shape.color, colors, kind
     if kind == "relation" and len(shapes) > 1:
         first, second = (shapes[i] for i in rng.permutation(len(shapes))[:2])
         relation = list(RELATIONS)[int(rng.integers(len(RELATIONS)))]
         answer = yes_no[0] if RELATIONS[relation](first, second) else yes_no[1]
-        return f"Is the {first.name} {relation} the {second.name}?", answer, yes_no
+        return f"Is the {first.name} {relation} the {second.name}?", answer, yes_no, kind
     if rng.integers(2):
         name = shapes[int(rng.integers(len(shapes)))].name
     else:
         name = f"{list(COLORS)[int(rng.integers(len(COLORS)))]} {FORMS[int(rng.integers(len(FORMS)))]}"
-    return f"Is there a {name}?", yes_no[0] if any(shape.name == name for shape in shapes) else yes_no[1], yes_no
+    return f"Is there a {name}?", yes_no[0] if any(shape.name == name for shape in shapes) else yes_no[1], yes_no, "existence"
 
 
 def record(seed: int, split: str, task: str, number: int) -> tuple[Record, Scene]:
@@ -222,22 +230,24 @@ def record(seed: int, split: str, task: str, number: int) -> tuple[Record, Scene
     shapes = scene(seed, split, 2 * number + (task == "generation"))
     rng = stream(seed, Purpose.SYNTHETIC, 2 + SPLITS.index(split), number, int(task == "generation"))
     if task == "understanding":
-        text, answer, choices = question(shapes, rng)
+        text, answer, choices, kind = question(shapes, rng)
         segments = (Segment(image="img0"), Segment(text=text), Segment(text=answer, loss=True))
-        return Record(task=task, segments=segments, meta={"answer": answer, "choices": choices}), shapes
+        return Record(task=task, segments=segments, meta={"answer": answer, "choices": choices, "kind": kind, "split": split}), shapes
     asked = prompt(shapes, rng)
-    meta = {"shapes": asked.shapes, "relation": asked.relation}
+    meta = {"shapes": asked.shapes, "relation": asked.relation, "split": split}
     return Record(task=task, segments=(Segment(text=asked.text), Segment(image="img0", loss=True)), meta=meta), shapes
 
 
 def write(folder: Path, pixels: int, num_train: int, num_test: int, seed: int = 0, samples_per_shard: int = 1000) -> dict[str, int]:
-    """Write shards of both tasks and splits with indexes, and the text model trained on the training text.
+    """Write shards of both tasks and all splits with indexes, and the text model trained on the training text.
+
+    Their names begin with task and split; those for an image tokenizer are ``images-train-…`` and hold drawings with their requests.
 
     Args:
         folder: Where to; made if it is not there.
         pixels: Side of the images, 32 to 256.
-        num_train: Training samples per task; more of them begin with the same ones.
-        num_test: Test samples per task.
+        num_train: Training samples per task, and images for a tokenizer; more of them begin with the same ones.
+        num_test: Test samples per task and split.
         seed: Another seed is other scenes.
         samples_per_shard: In each shard but the last.
 
@@ -250,19 +260,21 @@ def write(folder: Path, pixels: int, num_train: int, num_test: int, seed: int = 
     if next(folder.glob("*.tar"), None):
         raise MegavlmError(f"{folder} already holds shards\n  do:    give another folder, or remove it first")
     written, texts = {}, []
-    for split, total in (("train", num_train), ("test", num_test)):
-        for task in ("understanding", "generation"):
-            for shard, first in enumerate(range(0, total, samples_per_shard)):
-                path = folder / f"{task}-{split}-{shard:04d}.tar"
-                with webdataset.TarWriter(str(path), encoder=False, mtime=0) as writer:
-                    for number in range(first, min(first + samples_per_shard, total)):
-                        sample, shapes = record(seed, split, task, number)
-                        if split == "train" and len(texts) < 20_000:
-                            texts += [segment.text for segment in sample.segments if segment.text]
-                        png = io.BytesIO()
-                        Image.fromarray(render(shapes, pixels)).save(png, "PNG")
-                        document = sample.model_dump_json(exclude_defaults=True).encode()
-                        writer.write({"__key__": f"{split}-{number:08d}", "json": document, "img0.png": png.getvalue()})
-                written[path.name] = write_index(path).samples
+    both = [(task, split) for split in ("train", "seen", "test") for task in ("understanding", "generation")]
+    for task, split in [*both, ("generation", "images")]:
+        total = num_test if split in ("seen", "test") else num_train
+        stem = "images-train" if split == "images" else f"{task}-{split}"
+        for shard, first in enumerate(range(0, total, samples_per_shard)):
+            path = folder / f"{stem}-{shard:04d}.tar"
+            with webdataset.TarWriter(str(path), encoder=False, mtime=0) as writer:
+                for number in range(first, min(first + samples_per_shard, total)):
+                    sample, shapes = record(seed, split, task, number)
+                    if split == "train" and len(texts) < 20_000:
+                        texts += [segment.text for segment in sample.segments if segment.text]
+                    png = io.BytesIO()
+                    Image.fromarray(render(shapes, pixels)).save(png, "PNG")
+                    document = sample.model_dump_json(exclude_defaults=True).encode()
+                    writer.write({"__key__": f"{split}-{number:08d}", "json": document, "img0.png": png.getvalue()})
+            written[path.name] = write_index(path).samples
     train_text_model(texts, folder / "text.model", vocab_size=512)
     return written

@@ -1,9 +1,11 @@
 """From lanes to steps: a rank's packs, built in its own process or in loader workers."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from threading import Thread
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -51,9 +53,18 @@ class _Steps(IterableDataset):
             yield error
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    for name in DEAF_TO:
-        signal.signal(name, signal.SIG_IGN)
+def _listen_to_the_trainer_only(_worker: int) -> None:
+    """Only the trainer's own SIGTERM ends a worker: its `multiprocessing` sends one to workers left over, and then waits for them for ever."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
+    trainer = os.getppid()
+
+    def listen() -> None:
+        while True:
+            heard = signal.sigwaitinfo(DEAF_TO)
+            if (heard.si_signo, heard.si_pid) == (signal.SIGTERM, trainer):
+                os._exit(0)
+
+    Thread(target=listen, daemon=True).start()
 
 
 @contextmanager
@@ -99,7 +110,7 @@ class Loader:
                     batch_size=None,
                     num_workers=self.num_workers,
                     pin_memory=pin_memory,
-                    worker_init_fn=_leave_signals_to_the_trainer,
+                    worker_init_fn=_listen_to_the_trainer_only,
                     **options,
                 )
             )
@@ -118,6 +129,10 @@ class Loader:
             raise StopIteration
         pairs.sort(key=lambda pair: pair[0].lane)
         return [pack for pack, _ in pairs], {pack.lane: state for pack, state in pairs}
+
+    def close(self) -> None:
+        """End the workers; the packs that they prepared are lost, the lanes' states are not."""
+        self._parts = iter(())
 
     def _next_part(self) -> list[tuple[Pack, State]] | MegavlmError:
         try:

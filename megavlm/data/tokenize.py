@@ -85,7 +85,7 @@ def encode_shards(urls: list[str], out: Path, tokenizer: ImageTokenizer, process
 
 def encode_shard(url: str, path: Path, tokenizer: ImageTokenizer) -> None:
     """Write a pre-tokenised copy of one shard and its index; under its name there is all of it or nothing."""
-    temporary = path.with_name(f".encoding-{path.name}")
+    temporary = path.with_name(f".{path.name}.encoding")
     samples = read_shard(url)
     with temporary.open("wb") as file:
         # not WebDataset's writer: it sorts members, and leaves out some

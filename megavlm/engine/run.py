@@ -1,7 +1,8 @@
 """The run folder: everything that a run writes, under names that explain themselves.
 
     config.yaml       the resolved recipe          checkpoints/      see `megavlm.engine.checkpoint`
-    text.model        its SentencePiece model      samples/          drawings made on the way, PNG
+    text.model        its text tokenizer, a SentencePiece file or a folder with tokenizer.json
+    samples/          drawings made on the way, PNG
     log.txt           what was printed             tensorboard/      tensorboard --logdir
     evaluation.json   written by `megavlm evaluate`, with drawings.png
     judged/           written by `megavlm judge`
@@ -13,7 +14,6 @@
 """
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megavlm.data.tokenize import check_codes
 from megavlm.engine.manifest import complete_checkpoints
 from megavlm.engine.distributed import World
 from megavlm.errors import ConfigError, MegavlmError
+from megavlm.vocabulary import copy_text_model
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class RunFolder:
                 config = self._adopt(config)
             config = with_mixture(config)
             if Path(config.vocabulary.text_model).resolve() != self.text_model.resolve():
-                shutil.copyfile(config.vocabulary.text_model, self.text_model)
+                copy_text_model(Path(config.vocabulary.text_model), self.text_model)
             save_config(config, self.config_file)
             self.exit_code.unlink(missing_ok=True)
         return world.gather(config if world.is_main else None)[0]

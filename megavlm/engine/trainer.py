@@ -74,7 +74,7 @@ class Trainer:
         retention = Retention(rule.keep_last, rule.keep_every_steps, rule.keep_best, rule.best_metric, rule.best_mode)
         self.checkpointer = Checkpointer(self.folder.checkpoints, world, retention, rule.background)
         if config.init_from and not any(world.gather(list(self.folder.checkpoints.glob("step-*")))):
-            load_initial_weights(config.init_from, causal_lm)
+            load_initial_weights(config.init_from, causal_lm, self.encoder.vocabulary)
         self.guard = Guard(faults, world.device)
         self.engine = start_engine(build.build_backbone(config, causal_lm), config, world, self.guard)
         self.meters = Meters(world, list(config.data.sources), self.plan.bounds)
@@ -232,6 +232,7 @@ class Trainer:
     def _close(self) -> None:
         gc.enable()
         self.watchdog.stop()
+        self.loader.close()
         if self.writer:
             self.writer.close()
 

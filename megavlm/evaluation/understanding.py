@@ -34,28 +34,26 @@ def sample_losses(backbone: Backbone, samples: Sequence[EncodedSample], costing:
     return np.concatenate(losses)
 
 
-def scored_accuracy(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device) -> float:
-    """Share of the samples whose right answer is the most likely of its choices."""
+def scored_right(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device) -> np.ndarray:
+    """Whether the right answer of each sample is the most likely of its choices: bool ``[len(samples)]``."""
     variants = [encoder(_with_answer(sample, choice)) for sample in samples for choice in sample.meta["choices"]]
-    losses, right, begin = sample_losses(backbone, variants, costing, device), 0, 0
+    losses, right, begin = sample_losses(backbone, variants, costing, device), [], 0
     for sample in samples:
         choices = sample.meta["choices"]
         best = losses[begin : begin + len(choices)].argmin()
-        right += choices[best] == sample.meta["answer"]
+        right.append(choices[best] == sample.meta["answer"])
         begin += len(choices)
-    return right / len(samples)
+    return np.array(right, bool)
 
 
-def generated_accuracy(
-    backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device
-) -> float:
-    """Share of the samples that the model answers right when it writes freely, greedily and until ``<eos>``."""
-    right = 0
+def written_right(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device) -> np.ndarray:
+    """Whether the model answers each sample right when it writes freely, greedily and until ``<eos>``: bool ``[len(samples)]``."""
+    right = []
     for begin in range(0, len(samples), BATCH_SAMPLES):
         batch = samples[begin : begin + BATCH_SAMPLES]
         answers = answer(backbone, encoder, [encoder(sample).prompt() for sample in batch], costing, device)
-        right += sum(given.strip() == sample.meta["answer"] for given, sample in zip(answers, batch))
-    return right / len(samples)
+        right += [given.strip() == sample.meta["answer"] for given, sample in zip(answers, batch)]
+    return np.array(right, bool)
 
 
 def _with_answer(sample: Sample, text: str) -> Sample:

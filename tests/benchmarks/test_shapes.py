@@ -39,6 +39,8 @@ def test_the_judge_sees_exactly_what_is_drawn(pixels):
 def test_held_out_compositions_are_held_out():
     assert all(not kinds(scene(0, "train", n)) & HELD_OUT for n in range(300))
     assert all(kinds(scene(0, "test", n)) & HELD_OUT for n in range(300))
+    assert all(not kinds(scene(0, "seen", n)) & HELD_OUT for n in range(300)) and scene(0, "seen", 0) != scene(0, "train", 0)
+    assert 0.3 < np.mean([bool(kinds(scene(0, "images", n)) & HELD_OUT) for n in range(300)]) < 0.5, "no more and no less than others"
     assert {len(scene(0, "train", n)) for n in range(100)} == {1, 2, 3, 4}
 
 
@@ -63,17 +65,17 @@ def test_answers_are_exact():
     rng, asked = np.random.default_rng(0), Counter()
     for number in range(600):
         shapes = scene(0, "train", number)
-        text, answer, choices = question(shapes, rng)
+        text, answer, choices, kind = question(shapes, rng)
         assert answer in choices
         words = text.rstrip("?").split()
-        asked[words[0]] += 1
+        asked[kind] += 1
         names = {shape.name: shape for shape in shapes}
-        if words[0] == "How":
+        if kind == "count":
             form = words[2].removesuffix("es") if words[2] == "crosses" else words[2].removesuffix("s")
             assert NUMBERS.index(answer) == sum(form in ("shape", shape.form) for shape in shapes)
-        elif words[0] == "What":
+        elif kind == "color":
             assert {shape.color for shape in shapes if shape.form == words[-1]} == {answer}
-        elif words[1] == "there":
+        elif kind == "existence":
             assert (answer == "yes") == (" ".join(words[-2:]) in names)
         else:
             first, second = names[" ".join(words[2:4])], names[" ".join(words[-2:])]
@@ -87,10 +89,10 @@ def test_shards_are_the_same_every_time_and_a_longer_set_begins_with_a_shorter(t
     first = write(tmp_path / "a", 32, 30, 10, samples_per_shard=20)
     write(tmp_path / "b", 32, 50, 10, samples_per_shard=20)
     assert first == {f"{t}-train-000{i}.tar": n for t in ("understanding", "generation") for i, n in ((0, 20), (1, 10))} | {
-        f"{t}-test-0000.tar": 10 for t in ("understanding", "generation")
-    }
+        f"{t}-{split}-0000.tar": 10 for t in ("understanding", "generation") for split in ("seen", "test")
+    } | {"images-train-0000.tar": 20, "images-train-0001.tar": 10}
     for task in ("understanding", "generation"):
         assert (tmp_path / "a" / f"{task}-train-0000.tar").read_bytes() == (tmp_path / "b" / f"{task}-train-0000.tar").read_bytes()
     report = lint([str(p) for p in sorted((tmp_path / "a").glob("understanding-*.tar"))], SourceConfig(shards="none"))
-    assert report.num_samples == 40 and not report.problems
+    assert report.num_samples == 50 and not report.problems
     assert record(1, "train", "generation", 0) != record(0, "train", "generation", 0)

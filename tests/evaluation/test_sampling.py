@@ -7,7 +7,7 @@ import torch
 from megavlm import build
 from megavlm.data.sample import Coordinates, Sample, Segment
 from megavlm.evaluation.sampling import answer, draw_images
-from megavlm.evaluation.understanding import sample_losses, scored_accuracy
+from megavlm.evaluation.understanding import sample_losses, scored_right, written_right
 
 
 @pytest.fixture
@@ -72,6 +72,7 @@ def test_scoring_and_writing_on_a_model_that_always_says_seven(parts):
     prompts = [encoder(read("zero")).prompt()]
     assert answer(backbone, encoder, prompts, costing, device, max_tokens=3) == ["seven seven seven"]
     samples = [read("seven"), read("zero"), read("seven"), read("seven")]
-    assert scored_accuracy(backbone, samples, encoder, costing, device) == 0.75
+    assert scored_right(backbone, samples, encoder, costing, device).tolist() == [True, False, True, True]
+    assert not written_right(backbone, samples, encoder, costing, device).any(), "it does not end"
     backbone.causal_lm.lm_head = AlwaysSays(encoder.vocabulary.eos, encoder.vocabulary.size)
     assert answer(backbone, encoder, prompts, costing, device) == [""]

@@ -1,0 +1,103 @@
+"""``shapes`` as a benchmark: questions, requests, and drawings judged exactly; by split, so that held-out compositions stand apart.
+
+The tokenizer bounds what drawings can reach: the same judgement of the held-out images, encoded and decoded, is reported as the ceiling.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from sklearn.decomposition import PCA
+
+from megavlm.benchmarks.shapes import Prompt, render, satisfies, scene
+from megavlm.data.sample import Sample
+from megavlm.errors import ConfigError
+from megavlm.frechet import frechet_distance, mean_and_covariance
+from megavlm.model.image_tokenizer import ImageTokenizer
+
+NUM_REAL = 1000
+"""Freshly drawn scenes per split that the distance compares with, and as many that it is known from."""
+OTHER_SEED = 1 << 20
+"""Of these scenes; data is made with small seeds."""
+
+
+class ShapesBenchmark:
+    """Scenes read and drawn; see `megavlm.evaluation.benchmark.Benchmark`. Requests are taken evenly from the splits of the samples."""
+
+    def __init__(self, samples: list[Sample], num_drawings: int, image_tokenizer: ImageTokenizer):
+        self.questions = [sample for sample in samples if sample.task == "understanding"]
+        by_split: dict[str, list[Sample]] = {}
+        for sample in samples:
+            if sample.task == "generation":
+                by_split.setdefault(sample.meta["split"], []).append(sample)
+        if not by_split or not self.questions:
+            raise ConfigError(
+                "evaluation.shards: shapes needs questions and requests\n  do:    name shards of both tasks, as recipes/shapes.yaml does"
+            )
+        self._samples = [sample for group in by_split.values() for sample in group[: num_drawings // len(by_split)]]
+        self._tokenizer = image_tokenizer
+        self.requests = ["".join(s.text for s in sample.segments if s.text) for sample in self._samples]
+
+    def judge(self, drawn: np.ndarray) -> dict:
+        images = [next(iter(sample.images.values())) for sample in self._samples]
+        codes = np.stack([self._tokenizer.encode([image])[0] if image.dtype == np.uint8 else image for image in images])
+        restored = self._tokenizer.decode(codes)
+        report = {}
+        for split in dict.fromkeys(sample.meta["split"] for sample in self._samples):
+            of_split = np.array([sample.meta["split"] == split for sample in self._samples])
+            asked = [_prompt(sample) for sample in self._samples if sample.meta["split"] == split]
+            known, other = (_real(split, drawn.shape[1], first) for first in (0, NUM_REAL))
+            distance = _distance_to(known, other)
+            report[split] = {
+                "drawings": len(asked),
+                **_judged(drawn[of_split], asked),
+                "frechet_distance": distance(_flat(drawn[of_split])),
+                "ceiling": {
+                    **_judged(restored[of_split], asked),
+                    "frechet_distance": distance(_flat(restored[of_split])),
+                    "frechet_distance_of_real_images": distance(known[: len(asked)]),
+                },
+            }
+        return {"by_split": report}
+
+
+def _judged(images_NHWC: np.ndarray, asked: list[Prompt]) -> dict:
+    """Shares of the images that show what was asked for; ``relation`` counts requests that name one."""
+    verdicts = [satisfies(image, prompt) for image, prompt in zip(images_NHWC, asked)]
+    related = [verdict["relation"] for verdict, prompt in zip(verdicts, asked) if prompt.relation]
+    numbers = sorted({len(prompt.shapes) for prompt in asked})
+    return {
+        "shapes": _mean(verdict["shapes"] for verdict in verdicts),
+        "relation": _mean(related),
+        "all": _mean(verdict["all"] for verdict in verdicts),
+        "all_by_number_of_shapes": {
+            str(n): _mean(verdict["all"] for verdict, prompt in zip(verdicts, asked) if len(prompt.shapes) == n) for n in numbers
+        },
+    }
+
+
+def _distance_to(known_NX: np.ndarray, reference_NX: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Fréchet's distance to a reference, on the 20 leading principal components of the pixels of known real images."""
+    features = PCA(20, svd_solver="full").fit(known_NX)
+    reference = mean_and_covariance(features.transform(reference_NX))
+    return lambda images_NX: frechet_distance(*mean_and_covariance(features.transform(images_NX)), *reference)
+
+
+def _mean(values) -> float:
+    return float(np.mean([*values])) if (values := [*values]) else 0.0
+
+
+def _prompt(sample: Sample) -> Prompt:
+    relation = sample.meta.get("relation")
+    shapes = tuple(tuple(shape) for shape in sample.meta["shapes"])
+    return Prompt("", shapes, (int(relation[0]), str(relation[1]), int(relation[2])) if relation else None)
+
+
+def _real(split: str, pixels: int, first: int) -> np.ndarray:
+    return _flat(np.stack([render(scene(OTHER_SEED, split, first + i), pixels) for i in range(NUM_REAL)]))
+
+
+def _flat(images_NHWC: np.ndarray) -> np.ndarray:
+    # half the resolution: what is where in which colour, not how sharp its edges are
+    n, height, width, _ = images_NHWC.shape
+    halved = images_NHWC.reshape(n, height // 2, 2, width // 2, 2, 3).mean((2, 4))
+    return halved.reshape(n, -1) / 255

@@ -1,0 +1,108 @@
+"""Text of a pretrained model keeps its ids; specials and codes come after its rows."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from megavlm import build
+from megavlm.engine.initial import grown, load_initial_weights
+from megavlm.errors import ConfigError
+from megavlm.export import export
+from megavlm.vocabulary import Vocabulary
+from tests.distributed.ranks import run_ranks
+from tests.distributed.work import train
+
+ROWS = 320
+"""Of the pretrained embedding: more than the tokenizer has pieces."""
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A Llama with random weights and a byte-level tokenizer of its own, as folders on the hub have them."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["a handwritten seven", "Draw the digit four."] * 9, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**fields, vocab_size=ROWS, eos_token_id=0, tie_word_embeddings=False)).save_pretrained(folder)
+    return folder
+
+
+def test_ids_of_the_text_stay_and_the_rest_comes_after_the_rows(pretrained):
+    vocabulary = Vocabulary(pretrained, 17)
+    tokenizer = tokenizers.Tokenizer.from_file(str(pretrained / "tokenizer.json"))
+    for text in ("a handwritten seven", "Größe 字 \n two  spaces", ""):
+        assert vocabulary.encode_text(text) == tokenizer.encode(text).ids
+        assert vocabulary.decode_text([*vocabulary.encode_text(text), vocabulary.eos, vocabulary.first_code]) == text
+    assert tokenizer.get_vocab_size() < ROWS
+    assert (vocabulary.num_text, vocabulary.bos, vocabulary.first_code, vocabulary.size) == (ROWS, ROWS, ROWS + 5, ROWS + 5 + 17)
+    assert vocabulary.decode_codes(vocabulary.encode_codes(np.array([[16]]))) == [16]
+
+
+def test_nothing_in_a_text_becomes_a_special_token(pretrained):
+    vocabulary = Vocabulary(pretrained, 17)
+    ids = vocabulary.encode_text("look: <|end|>")
+    assert 0 not in ids and vocabulary.decode_text(ids) == "look: <|end|>"
+    assert vocabulary.decode_text([0, ROWS - 1]) == ""
+
+
+def test_tokenizer_and_configuration_must_agree(pretrained, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((pretrained / "tokenizer.json").read_bytes())
+    pieces = Vocabulary(tmp_path, 17).num_text
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": pieces - 1}))
+    with pytest.raises(ConfigError, match=f"has {pieces} pieces, but its config.json says vocab_size {pieces - 1}"):
+        Vocabulary(tmp_path, 17)
+    with pytest.raises(ConfigError, match="no SentencePiece model at"):
+        Vocabulary(tmp_path / "nothing", 17)
+
+
+def test_new_rows_are_the_mean_of_the_old_ones_with_a_little_noise():
+    old = 3 + torch.randn(500, 16)
+    new = grown(old, 2500)
+    assert new[:500].equal(old) and new.equal(grown(old, 2500))
+    torch.testing.assert_close(new[500:].mean(0), old.mean(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(new[500:].std(0), 0.1 * old.std(0), rtol=0.1, atol=0)
+
+
+def test_a_run_begins_with_a_pretrained_folder_and_keeps_its_tokenizer(pretrained, make_config, tmp_path):
+    settings = {
+        "model.architecture": str(pretrained), "vocabulary.text_model": str(pretrained), "init_from": str(pretrained),
+        "optimizer.learning_rate": 1e-30, "checkpoint.every_steps": 1,
+    }  # fmt: skip
+    config = make_config(settings)
+    assert config.model.architecture["model_type"] == "llama" and "vocab_size" not in config.model.architecture
+    vocabulary = build.build_vocabulary(config)
+    causal_lm = build.build_causal_lm(config, vocabulary)
+    load_initial_weights(str(pretrained), causal_lm, vocabulary)
+    original = LlamaForCausalLM.from_pretrained(pretrained).eval()
+    ids = torch.tensor([vocabulary.encode_text("Draw a handwritten seven and the digit four.")])
+    with torch.no_grad():
+        logits = causal_lm.eval()(ids).logits
+        assert logits.shape[-1] == ROWS + 5 + 17
+        torch.testing.assert_close(logits[..., :ROWS], original(ids).logits, rtol=1e-5, atol=1e-6)
+        assert logits[..., ROWS:].amax() < original(ids).logits.amax(), "no new token outdoes the old ones"
+    run_ranks(1, train, config, 1)
+    copy = tmp_path / "run" / "text.model"
+    assert Vocabulary(copy, 17).size == vocabulary.size
+    export(tmp_path / "run", tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_another_tokenizer_are_not_mixed_up(pretrained, make_config, digits_folder):
+    config = make_config({"model.architecture": str(pretrained), "vocabulary.text_model": str(digits_folder / "text.model")})
+    vocabulary = build.build_vocabulary(config)
+    with pytest.raises(ConfigError, match="do not fit this model(.|\n)*give its folder as model.architecture and vocabulary.text_model"):
+        load_initial_weights(str(pretrained), build.build_causal_lm(config, vocabulary), vocabulary)
+    with pytest.raises(ConfigError, match="neither a mapping nor a folder with config.json"):
+        make_config({"model.architecture": str(digits_folder)})
