@@ -39,6 +39,12 @@ def test_lint_stats_and_preview(monkeypatch, digits_folder, tmp_path, capsys):
     megavlm(monkeypatch, "data", "stats", good, "--out", tmp_path / "stats.png")
     found = json.loads(capsys.readouterr().out)
     assert found["samples"] == 360 and found["images"] == {"8x8": 360} and found["tasks"] == {"understanding": 360}
+    text = f"--vocabulary.text_model={digits_folder / 'text.model'}"
+    megavlm(monkeypatch, "data", "stats", good, "--recipe=digits", text, "--out", tmp_path / "ids.png")
+    ids = json.loads(capsys.readouterr().out)["ids"]
+    assert ids["image codes"] == ids["image codes"] | {"tokens": 360 * 64, "ids": 17, "ids_used": 17} and ids["image codes"]["perplexity"] < 17
+    assert ids["special"]["tokens"] == 360 * 4 and ids["special"]["ids_used"] == 4 and ids["special"]["perplexity"] == 4.0
+    assert (tmp_path / "ids.png").stat().st_size > (tmp_path / "stats.png").stat().st_size
     megavlm(monkeypatch, "data", "preview", good, "--out", tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000 and (tmp_path / "stats.png").stat().st_size > 5000
     page = (tmp_path / "a.html").read_text()
@@ -63,6 +69,31 @@ def test_build_tokenizer_and_index(monkeypatch, tmp_path, capsys):
     megavlm(monkeypatch, "data", "build", tmp_path / "a.jsonl", tmp_path / "llava")
     megavlm(monkeypatch, "data", "lint", tmp_path / "llava" / "000000.tar", "--format=llava")
     assert "1 samples, 0 problems" in capsys.readouterr().out
+
+
+def test_simulate_compares_the_packers(monkeypatch, digits_folder, tmp_path, capsys):
+    sources = {t: {"shards": f"{digits_folder}/{t}-train-{{00..07}}.tar"} for t in ("understanding", "generation")}
+    places = {"vocabulary.text_model": str(digits_folder / "text.model"), "data.sources": sources}
+    arguments = [f"--{name}={json.dumps(value)}" for name, value in places.items()]
+    sizes = ["--lanes=3", "--steps=12", "--first_step=4", "--processes=1", "--out", tmp_path / "s.png"]
+    megavlm(monkeypatch, "data", "simulate", "digits", *sizes, *arguments)
+    found = json.loads(capsys.readouterr().out)
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert written.pop("title") == "3 lanes, steps 4 to 12, digits" and written == found and (tmp_path / "s.png").stat().st_size > 5000
+    assert found["megavlm"]["total"]["mean"] <= found["first_come"]["total"]["mean"]
+    with pytest.raises(SystemExit, match="2"):
+        megavlm(monkeypatch, "data", "simulate", "--lanes=3", "--data.fill=0.9")
+    assert "there is no recipe to change data.fill in" in capsys.readouterr().err
+
+
+def test_a_text_model_from_a_text_file(monkeypatch, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a red square\n\na blue circle left of a red square\n" * 30)
+    megavlm(monkeypatch, "data", "tokenizer", tmp_path / "a.txt", tmp_path / "t.model", "--vocab_size=300")
+    assert "trained on 1 files" in capsys.readouterr().out
+    from megavlm.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary(tmp_path / "t.model", 8)
+    assert vocabulary.decode_text(vocabulary.encode_text("a blue square")) == "a blue square"
 
 
 def test_inspect_shows_samples_problems_and_a_contact_sheet(monkeypatch, digits_folder, tmp_path, capsys):
@@ -136,6 +167,7 @@ def test_train_under_torchrun_resume_evaluate_and_generate(digits_folder, tmp_pa
         "throughput/tokens_per_s",
         "routing/flops_share",
         "balance/planned_max_over_mean",
+        "data/truncated",
         "kept_tokens/understanding/stage_0_layers_0-0",
     ):
         assert tag in tags, tags

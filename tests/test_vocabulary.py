@@ -18,6 +18,7 @@ from tests.distributed.work import train
 
 ROWS = 320
 """Of the pretrained embedding: more than the tokenizer has pieces."""
+FIELDS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,7 @@ def pretrained(tmp_path_factory):
     tokenizer.train_from_iterator(["a handwritten seven", "Draw the digit four."] * 9, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
-    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**fields, vocab_size=ROWS, eos_token_id=0, tie_word_embeddings=False)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**FIELDS, vocab_size=ROWS, eos_token_id=0, tie_word_embeddings=False)).save_pretrained(folder)
     return folder
 
 
@@ -97,6 +97,19 @@ def test_a_run_begins_with_a_pretrained_folder_and_keeps_its_tokenizer(pretraine
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(exported(ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tied_head_grows_with_the_embedding(pretrained, make_config, tmp_path):
+    tied = {"model_type": "llama", "tie_word_embeddings": True, **FIELDS}
+    LlamaForCausalLM(LlamaConfig(**FIELDS, vocab_size=ROWS, tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
+    (tmp_path / "tied" / "tokenizer.json").write_bytes((pretrained / "tokenizer.json").read_bytes())
+    config = make_config({"model.architecture": tied, "vocabulary.text_model": str(tmp_path / "tied")})
+    vocabulary = build.build_vocabulary(config)
+    causal_lm = build.build_causal_lm(config, vocabulary)
+    load_initial_weights(str(tmp_path / "tied"), causal_lm, vocabulary)
+    old = LlamaForCausalLM.from_pretrained(tmp_path / "tied").model.embed_tokens.weight
+    assert causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight and len(causal_lm.lm_head.weight) == vocabulary.size
+    assert causal_lm.lm_head.weight[:ROWS].equal(old) and causal_lm.lm_head.weight[ROWS:].std() < 0.2 * old.std()
 
 
 def test_rows_of_another_tokenizer_are_not_mixed_up(pretrained, make_config, digits_folder):

@@ -16,6 +16,7 @@ from megavlm.data.lint import Report, read_samples
 from megavlm.data.sample import Sample
 from megavlm.errors import DataError
 from megavlm.monitor.pictures import pyplot, save_grid
+from megavlm.vocabulary import Vocabulary
 
 
 def stats(urls: list[str], source, out: Path, encoder: Encoder | None = None) -> dict:
@@ -24,16 +25,24 @@ def stats(urls: list[str], source, out: Path, encoder: Encoder | None = None) ->
     Args:
         urls: The shards.
         source: A `SourceConfig`: the format and its options.
-        out: Histogram to write (PNG): tokens per sample by task with an encoder, else characters.
+        out: Histogram to write (PNG): tokens per sample by task with an encoder, else characters; with one also how often ids occur.
         encoder: Of a recipe, to count tokens.
 
     Returns:
-        Samples, problems, tasks, images and their sizes, and quantiles of the lengths by task.
+        Samples, problems, tasks, images and their sizes, and quantiles of the lengths by task; with an encoder, for text, special tokens
+        and image codes, how many tokens there are, how many ids occur, and their perplexity: as many ids, evenly used, would be as hard
+        to guess.
     """
     report, tasks, sizes, lengths = Report(), Counter(), Counter(), {}
+    counts_V = np.zeros(encoder.vocabulary.size if encoder else 0, np.int64)
     for sample in read_samples(urls, source, report):
         try:
-            length = encoder(sample).num_tokens if encoder else sum(len(s.text or "") for s in sample.segments)
+            if encoder:
+                tokens = encoder(sample).tokens
+                length = len(tokens)
+                np.add.at(counts_V, tokens, 1)
+            else:
+                length = sum(len(s.text or "") for s in sample.segments)
         except DataError as error:
             error.shard, error.key = urls[sample.coordinates.shard], sample.key
             report.problems.append(error)
@@ -42,14 +51,31 @@ def stats(urls: list[str], source, out: Path, encoder: Encoder | None = None) ->
         sizes.update(f"{im.shape[1]}x{im.shape[0]}{' codes' if im.dtype == np.int64 else ''}" for im in sample.images.values())
         lengths.setdefault(sample.task, []).append(length)
     unit = "tokens" if encoder else "characters"
+    by_group = _by_group(counts_V, encoder.vocabulary) if encoder else {}
     if lengths:
-        _histogram(lengths, unit, out)
+        _histogram(lengths, unit, by_group, out)
     return {
         "samples": report.num_samples,
         "problems": len(report.problems),
         "tasks": dict(tasks),
         "images": dict(sizes.most_common(20)),
         unit: {task: _quantiles(values) for task, values in lengths.items()},
+        **({"ids": {name: _use(counts) for name, counts in by_group.items()}} if encoder else {}),
+    }
+
+
+def _by_group(counts_V: np.ndarray, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+    text, special, codes = np.split(counts_V, [vocabulary.num_text, vocabulary.first_code])
+    return {"text": text, "special": special, "image codes": codes}
+
+
+def _use(counts: np.ndarray) -> dict[str, float]:
+    share = counts[counts > 0] / max(1, counts.sum())
+    return {
+        "tokens": int(counts.sum()),
+        "ids": len(counts),
+        "ids_used": int((counts > 0).sum()),
+        "perplexity": round(float(np.exp(-(share * np.log(share)).sum())), 1),
     }
 
 
@@ -58,13 +84,20 @@ def _quantiles(values: list[int]) -> dict[str, float]:
     return {"mean": round(float(np.mean(values)), 1), **dict(zip(("min", "median", "p90", "p99", "max"), points))}
 
 
-def _histogram(lengths: dict[str, list[int]], unit: str, out: Path) -> None:
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+def _histogram(lengths: dict[str, list[int]], unit: str, by_group: dict[str, np.ndarray], out: Path) -> None:
+    figure, axes = pyplot.subplots(1, 2 if by_group else 1, figsize=(13 if by_group else 7, 4), layout="constrained", squeeze=False)
+    axis = axes[0, 0]
     longest = max(max(values) for values in lengths.values())
     for task, values in lengths.items():
         axis.hist(values, np.linspace(0, longest + 1, 60), histtype="step", label=f"{task} ({len(values)})")
     axis.set(xlabel=f"{unit} per sample", ylabel="samples")
     axis.legend()
+    for name, counts in by_group.items():
+        used = np.sort(counts[counts > 0])[::-1]
+        axes[0, 1].loglog(np.arange(1, len(used) + 1), used, ".-", label=f"{name}: {len(used)} of {len(counts)} ids")
+    if by_group:
+        axes[0, 1].set(xlabel="ids, the most frequent first", ylabel="how often each occurs")
+        axes[0, 1].legend()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)

@@ -38,6 +38,10 @@ from megavlm.randomness import Purpose, stream
 log = logging.getLogger(__name__)
 
 
+COUNTS = ("errors", "skipped", "truncated", "split")
+"""What a lane counts: data errors, and over-long samples by what became of them."""
+
+
 class Waiting(NamedTuple):
     """A place in the look-ahead."""
 
@@ -135,7 +139,7 @@ class Lane:
         spread = max(self.mixture[source.name].mean_tokens for source in self.sources) / self.shares
         return {
             "pack": 0,
-            "counts": dict.fromkeys(("errors", "skipped", "truncated", "split"), 0),
+            "counts": dict.fromkeys(COUNTS, 0),
             "sources": {s.name: fresh(s, int(o * w)) for s, o, w in zip(self.sources, offsets, spread)},
             "waiting": [],
         }

@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megavlm import build
 from megavlm.config import RunConfig
+from megavlm.data.lane import COUNTS
 from megavlm.data.loader import Loader, lanes_of
 from megavlm.data.sample import TASKS
 from megavlm.engine.agreement import Wishes
@@ -278,6 +279,8 @@ class Trainer:
         values["optimizer/learning_rate"] = self.learning_rate
         values["optimizer/gradient_norm"] = gradient_norm
         values["faults/skipped_steps"] = self.guard.num_skipped
+        counts = self.world.sum(np.array([sum(state["counts"][name] for state in self.states.values()) for name in COUNTS]))
+        values |= {f"data/{name}": float(count) for name, count in zip(COUNTS, counts)}
         self._reported = values
         if not self.world.is_main:
             return
