@@ -155,3 +155,9 @@ class CompressedTokenizer:
         for begin in range(0, len(array), BATCH_IMAGES):
             yield torch.from_numpy(np.asarray(array[begin : begin + BATCH_IMAGES], np.int64)).to(self.device)
 
+
+def codes_of(image: np.ndarray, tokenizer: ImageTokenizer) -> np.ndarray:
+    """Codes ``[h, w]`` of an image as shards hold it: uint8 pixels, or codes made before, of the tokenizer inside a compressed one."""
+    if image.dtype == np.uint8:
+        return tokenizer.encode(image[None])[0]
+    return tokenizer.compress(image[None])[0] if isinstance(tokenizer, CompressedTokenizer) else image
