@@ -94,8 +94,10 @@ def main() -> None:
     # torch floods the screen with these under DeepSpeed
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    # the deepspeed launcher puts it before the command, and says the same in the environment
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:
-        fire.Fire(Commands, name="megavlm")
+        fire.Fire(Commands, arguments, name="megavlm")
     except MegavlmError as error:
         # a mistake in the recipe is the same on every rank: one message is enough
         if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":

@@ -331,7 +331,7 @@ class RunConfig(Settings):
 
 def find_resource(folder: str, name: str, suffix: str) -> Path:
     """The file that ``name`` means: a path, or the stem of a file that ships with megavlm in ``folder``."""
-    shipped = RECIPES if folder == "recipes" else PROJECT / folder
+    shipped = (RECIPES.parent if folder.startswith("recipes") else PROJECT) / folder
     candidates = [Path(name), shipped / f"{name}{suffix}"]
     for path in candidates:
         if path.is_file():

@@ -93,6 +93,39 @@ class RunCommands:
 
         print(f"{out}: {export(Path(str(source)), Path(str(out)))}")
 
+    def study(
+        self, study: str, parallel: int = 1, processes: int = 1, array: str | None = None, report_only: bool = False, **overrides
+    ):
+        """Train and judge every arm of a study, and write its report: does joint training gain, and what does each policy keep of it?
+
+            megavlm study digits --parallel 2
+
+        What is done already is not done again. The report is STUDY_DIR/report.md, with report.png and report.json.
+
+        Args:
+            study: Path of a YAML file (see megavlm/recipes/studies/digits.yaml), or a name such as `digits`.
+            parallel: Arms at a time on this machine; they share its cores.
+            processes: Processes of each arm's training.
+            array: Train nothing, but write the arms that are not trained yet to this file, for `megavlm submit --array`, and say how.
+            report_only: Train nothing; judge what is trained and report the seeds that are complete.
+            overrides: Of the study: --seeds=[0,1] --study_dir=runs/mine
+        """
+        from megavlm.study.report import write_report
+        from megavlm.study.results import collect
+        from megavlm.study.runner import is_trained, run_arms
+        from megavlm.study.spec import load_study, plan_arms, write_array
+
+        plan = load_study(str(study), overrides)
+        arms = plan_arms(plan)
+        if array:
+            todo = [arm for arm in arms if not is_trained(arm)]
+            write_array(todo, Path(array))
+            print(f"{array}: {len(todo)} of {len(arms)} arms are not trained. Train them on SLURM, then give the study again:")
+            print(f"  megavlm submit {plan.recipe} --array={array} --run_dir={plan.study_dir}/runs --nodes=1 --gpus-per-node=1")
+            return
+        run_arms([arm for arm in arms if not report_only or is_trained(arm)], int(parallel), int(processes))
+        print(write_report(collect(plan, arms), " ".join(["megavlm study", str(study), *(f"--{k}={v}" for k, v in overrides.items())])))
+
     def submit(
         self,
         recipe: str,

@@ -58,7 +58,7 @@ def make_config(digits_folder, tmp_path):
             "run_dir": str(run_dir),
             "vocabulary.text_model": str(digits_folder / "text.model"),
             "data.sources": sources,
-            "evaluation.shards": str(digits_folder / "understanding-test-00.tar"),
+            "evaluation.shards": [f"{digits_folder}/{task}-test-00.tar" for task in ("understanding", "generation")],
         }
         return load_config("digits", places | TINY | (overrides or {}))
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How much of the saved FLOPs becomes saved time, for every routing policy, against the ways a user would do it otherwise.
 
-    python tools/bench_routing.py --out docs/bench_routing            # about 20 minutes on 2 CPU cores
-    python tools/bench_routing.py --width=2048 --num_layers=16 --out docs/bench_routing_cuda     # on a GPU
+    python tools/bench_routing.py --out docs/results/bench_routing            # about 11 minutes on 2 CPU cores
+    python tools/bench_routing.py --width=2048 --num_layers=16 --out docs/results/bench_routing_cuda     # on a GPU
 
 Forward and backward passes of one packed micro-batch, dense and routed in turn, in one process. For each policy: the share of
 FLOPs that is left in theory (`megavlm.costs`), the share of time that is left, forward and backward apart, and the *realised saving*:
@@ -15,6 +15,7 @@ those of a shorter sequence).
 """
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -64,7 +65,7 @@ def policies(num_layers: int) -> dict[str, tuple[p.Policy, p.Policy]]:
 def make_samples(pack_tokens: int, image_side: int) -> list[EncodedSample]:
     """Samples of one length, half of each task, an image and some text each."""
     image = image_side**2
-    length = pack_tokens // max(2, pack_tokens // (image + 64) // 2 * 2)
+    length = pack_tokens // max(2, 2 * round(pack_tokens / (image + 64) / 2))
     rng = np.random.default_rng(0)
     samples = []
     for index in range(pack_tokens // length):
@@ -93,8 +94,8 @@ class Timer:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def in_turn(self, **ways) -> dict[str, dict[str, float]]:
-        """Median seconds of each way's forward and backward pass, and bytes held between the two."""
+    def in_turn(self, **ways) -> dict[str, dict]:
+        """Median seconds of each way's forward and backward pass, bytes held between the two, and both passes' sum in every repeat."""
         seconds = {name: {"forward": [], "backward": []} for name in ways}
         held = {}
         for repeat in range(self.repeats + 1):  # the first warms up
@@ -110,10 +111,13 @@ class Timer:
                 if repeat:
                     seconds[name]["forward"].append(middle - begin)
                     seconds[name]["backward"].append(end - middle)
-        return {
+        medians = {
             name: {part: statistics.median(values) for part, values in parts.items()} | {"saved_bytes": held[name]}
             for name, parts in seconds.items()
         }
+        for name, parts in seconds.items():
+            medians[name]["totals"] = [forward + backward for forward, backward in zip(*parts.values())]
+        return medians
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -178,6 +182,7 @@ class TorchKernels:
 
 def random_ltd_forward(backbone: Backbone, pack, kept_tokens: int):
     """DeepSpeed's wrapper around every layer but the first and the last; returns the forward pass."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
     from deepspeed.ops.random_ltd import dropping_utils
     from deepspeed.runtime.data_pipeline.data_routing.basic_layer import RandomLayerTokenDrop
 
@@ -229,8 +234,8 @@ def random_ltd_forward(backbone: Backbone, pack, kept_tokens: int):
 
 
 def bench(
-    width: int = 512, num_layers: int = 6, pack_tokens: int = 4096, image_side: int = 31, repeats: int = 3,
-    only: str = "", out: str = "docs/bench_routing",
+    width: int = 512, num_layers: int = 6, pack_tokens: int = 4096, image_side: int = 31, repeats: int = 5,
+    only: str = "", out: str = "docs/results/bench_routing",
 ):
     """Measure every policy and the peers.
 
@@ -295,6 +300,7 @@ def _row(share: float, measured: dict) -> dict[str, float]:
     return {
         "flops_share": share,
         "time_share": time_share,
+        "time_share_of_repeats": [a / b for a, b in zip(way["totals"], dense["totals"])],
         "forward_share": way["forward"] / dense["forward"],
         "backward_share": way["backward"] / dense["backward"],
         "realised_saving": (1 - time_share) / (1 - share) if share < 0.999 else None,
@@ -304,12 +310,13 @@ def _row(share: float, measured: dict) -> dict[str, float]:
 
 
 def _show(result: dict) -> None:
-    table = Table("policy", "FLOPs left", "time left", "forward", "backward", "realised saving", "saved for backward")
+    table = Table("policy", "FLOPs left", "time left", "lowest to highest", "forward", "backward", "realised saving", "saved for backward")
     for name, row in result["rows"].items():
         realised = "" if row["realised_saving"] is None else f"{row['realised_saving']:.2f}"
-        shares = (f"{row[key]:.1%}" for key in ("flops_share", "time_share", "forward_share", "backward_share"))
-        table.add_row(name, *shares, realised, f"{row['memory_share']:.1%}")
-    Console(width=130).print(table, result["command"], result["machine"])
+        flops, total, forward, backward = (f"{row[key]:.1%}" for key in ("flops_share", "time_share", "forward_share", "backward_share"))
+        spread = f"{min(row['time_share_of_repeats']):.1%} to {max(row['time_share_of_repeats']):.1%}"
+        table.add_row(name, flops, total, spread, forward, backward, realised, f"{row['memory_share']:.1%}")
+    Console(width=150).print(table, result["command"], result["machine"])
 
 
 def _plot(result: dict, path: Path) -> None:

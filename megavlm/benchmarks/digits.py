@@ -160,7 +160,7 @@ class DigitsBenchmark:
     """Digits read and drawn; see `megavlm.evaluation.benchmark.Benchmark`."""
 
     def __init__(self, samples: list[Sample], num_drawings: int, image_tokenizer: ImageTokenizer):
-        self.questions = samples
+        self.questions = [sample for sample in samples if "answer" in sample.meta]
         self.requests, self._labels = prompts(num_drawings)
 
     def judge(self, images_NHWC: np.ndarray) -> dict[str, float]:

@@ -41,35 +41,37 @@ class ShapesBenchmark:
     def judge(self, drawn: np.ndarray) -> dict:
         images = [next(iter(sample.images.values())) for sample in self._samples]
         restored = self._tokenizer.decode(np.stack([codes_of(image, self._tokenizer) for image in images]))
-        report = {}
-        for split in dict.fromkeys(sample.meta["split"] for sample in self._samples):
-            of_split = np.array([sample.meta["split"] == split for sample in self._samples])
-            asked = [_prompt(sample) for sample in self._samples if sample.meta["split"] == split]
-            known, other = (_real(split, drawn.shape[1], first) for first in (0, NUM_REAL))
-            distance = _distance_to(known, other)
-            report[split] = {
-                "drawings": len(asked),
-                **_judged(drawn[of_split], asked),
-                "frechet_distance": distance(_flat(drawn[of_split])),
+        asked = [_prompt(sample) for sample in self._samples]
+        splits = np.array([sample.meta["split"] for sample in self._samples])
+        real = {str(split): [_real(split, drawn.shape[1], first) for first in (0, NUM_REAL)] for split in np.unique(splits)}
+
+        def report(chosen: np.ndarray, known: np.ndarray, other: np.ndarray) -> dict:
+            requests, distance = [asked[i] for i in np.flatnonzero(chosen)], _distance_to(known, other)
+            return {
+                "drawings": len(requests),
+                **_judged(drawn[chosen], requests),
+                "frechet_distance": distance(_flat(drawn[chosen])),
                 "ceiling": {
-                    **_judged(restored[of_split], asked),
-                    "frechet_distance": distance(_flat(restored[of_split])),
-                    "frechet_distance_of_real_images": distance(known[: len(asked)]),
+                    **_judged(restored[chosen], requests),
+                    "frechet_distance": distance(_flat(restored[chosen])),
+                    "frechet_distance_of_real_images": distance(known[np.linspace(0, len(known) - 1, len(requests), dtype=int)]),
                 },
             }
-        return {"by_split": report}
+
+        pooled = [np.concatenate(parts) for parts in zip(*real.values())]
+        return report(splits == splits, *pooled) | {"by_split": {split: report(splits == split, *real[split]) for split in real}}
 
 
 def _judged(images_NHWC: np.ndarray, asked: list[Prompt]) -> dict:
-    """Shares of the images that show what was asked for; ``relation`` counts requests that name one."""
+    """Shares of the images that show all that was asked for, and of it the shapes, and the relation where one was named."""
     verdicts = [satisfies(image, prompt) for image, prompt in zip(images_NHWC, asked)]
     related = [verdict["relation"] for verdict, prompt in zip(verdicts, asked) if prompt.relation]
     numbers = sorted({len(prompt.shapes) for prompt in asked})
     return {
         "shapes": _mean(verdict["shapes"] for verdict in verdicts),
         "relation": _mean(related),
-        "all": _mean(verdict["all"] for verdict in verdicts),
-        "all_by_number_of_shapes": {
+        "accuracy_by_judge": _mean(verdict["all"] for verdict in verdicts),
+        "accuracy_by_number_of_shapes": {
             str(n): _mean(verdict["all"] for verdict, prompt in zip(verdicts, asked) if len(prompt.shapes) == n) for n in numbers
         },
     }

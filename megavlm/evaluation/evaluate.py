@@ -2,7 +2,6 @@
 
 import json
 import logging
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from megavlm.engine.run import RunFolder
 from megavlm.errors import ConfigError
 from megavlm.evaluation.benchmark import find_benchmark
 from megavlm.evaluation.sampling import draw_images
-from megavlm.evaluation.understanding import scored_right, written_right
+from megavlm.evaluation.understanding import scored_right, task_losses, written_right
 from megavlm.model.backbone import Backbone
 from megavlm.monitor.pictures import save_grid
 from megavlm.randomness import Purpose, integer_seed
@@ -71,12 +70,14 @@ def evaluate(run: str | Path, overrides: dict[str, Any] | None = None) -> dict[s
         for index, (key, members) in enumerate(read_shard(url))
     ]
     benchmark = find_benchmark(settings.benchmark)(samples, settings.num_drawings, model.image_tokenizer)
+    losses = task_losses(model.backbone, samples, model.encoder, model.costing, model.device)
     understanding = judge_answers(model, benchmark.questions)
     log.info("drawing %d images", len(benchmark.requests))
     drawn = model.image_tokenizer.decode(model.draw(benchmark.requests))
     result = {
         "checkpoint": model.checkpoint.name,
         "route": settings.route,
+        "losses": losses,
         "understanding": understanding,
         "generation": {
             "drawings": len(benchmark.requests),
@@ -90,7 +91,7 @@ def evaluate(run: str | Path, overrides: dict[str, Any] | None = None) -> dict[s
     shown = min(50, len(benchmark.requests))
     save_grid(
         drawn[:shown],
-        [textwrap.fill(request, 24) for request in benchmark.requests[:shown]],
+        benchmark.requests[:shown],
         model.folder.path / "drawings.png",
         title=f"drawn by {run}, {model.checkpoint.name}",
     )

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megavlm.data.encode import EncodedSample, Encoder
 from megavlm.data.pack import Costing, build_pack
-from megavlm.data.sample import Sample
+from megavlm.data.sample import TASKS, Sample
 from megavlm.evaluation.sampling import answer
 from megavlm.model.backbone import Backbone
 
@@ -32,6 +32,14 @@ def sample_losses(backbone: Backbone, samples: Sequence[EncodedSample], costing:
         owner_M = np.repeat(np.arange(len(batch)), [sample.has_loss.sum() for sample in batch])
         losses.append(np.bincount(owner_M, loss_M.double().cpu().numpy(), minlength=len(batch)))
     return np.concatenate(losses)
+
+
+def task_losses(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device) -> dict[str, float]:
+    """Task → mean cross-entropy per labelled token of its samples, in nats: what the training minimises, on held-out samples."""
+    encoded = [encoder(sample) for sample in samples]
+    losses = sample_losses(backbone, encoded, costing, device)
+    labels, tasks = np.array([sample.has_loss.sum() for sample in encoded]), np.array([sample.task for sample in encoded])
+    return {TASKS[task]: float(losses[tasks == task].sum() / labels[tasks == task].sum()) for task in np.unique(tasks)}
 
 
 def scored_right(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device) -> np.ndarray:

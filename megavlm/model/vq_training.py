@@ -195,7 +195,7 @@ def _train(images_NHWC: np.ndarray, config: JanusVQVAEConfig, plan: Plan, device
     optimizer = torch.optim.AdamW(trained, plan.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     rng = stream(plan.seed, Purpose.SAMPLE)
     codebook, order, seen, num_revived = None, np.zeros(0, np.int64), [], 0
-    free_steps = int(FREE_SHARE * plan.steps)
+    free_steps = max(1, int(FREE_SHARE * plan.steps))
     with Progress() as progress:
         task = progress.add_task("training", total=plan.steps)
         for step in range(plan.steps):

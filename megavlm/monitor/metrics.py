@@ -12,8 +12,8 @@ from megavlm.data.sample import TASKS
 from megavlm.engine.distributed import World
 
 
-TOTALS = ("tokens", "samples", "executed_flops", "seconds")
-"""Counted over the whole run, restarts included."""
+TOTALS = ("tokens", "samples", "executed_flops", "seconds", "cpu_seconds", *(f"labels_of_{task}" for task in TASKS))
+"""Counted over the whole run, restarts included; CPU time is that of all threads of all ranks' processes, loader workers not counted."""
 
 
 class Meters:
@@ -38,7 +38,7 @@ class Meters:
         self.flops, self.dense_flops = np.zeros(len(TASKS)), np.zeros(len(TASKS))
         self.kept = np.zeros((len(self.stages), 2))
         self.images = np.zeros(2)
-        self.begin_s = time.perf_counter()
+        self.begin_s, self.begin_cpu_s = time.perf_counter(), time.process_time()
 
     def add_pack(self, pack: Pack, loss_sums: torch.Tensor) -> None:
         """Count a pack and its sums of cross-entropy per (source, task); nothing is read back from the device."""
@@ -75,10 +75,11 @@ class Meters:
         losses, self.labels, kept, self.images, self.flops, self.dense_flops, scalars = np.split(sums, ends[:-1])
         self.loss_sums = torch.tensor(losses, dtype=torch.float32, device=self.world.device)
         self.kept = kept.reshape(self.kept.shape)
-        self.tokens, self.samples, self.data_wait_s = scalars.tolist()
+        self.tokens, self.samples, self.data_wait_s, cpu_s = scalars.tolist()
+        self.begin_cpu_s = time.process_time() - cpu_s
 
     def _parts(self) -> list[np.ndarray]:
-        scalars = [self.tokens, self.samples, self.data_wait_s]
+        scalars = [self.tokens, self.samples, self.data_wait_s, time.process_time() - self.begin_cpu_s]
         losses = self.loss_sums.double().cpu().numpy()
         parts = [losses, self.labels, self.kept.ravel(), self.images, self.flops, self.dense_flops, scalars]
         return [np.asarray(part, np.float64) for part in parts]
@@ -92,7 +93,7 @@ class Meters:
         ends = np.cumsum([len(part) for part in parts])
         flops_of_ranks = ranks[:, ends[3] : ends[4]].sum(1)
         losses, labels, kept, images, flops, dense_flops, scalars = np.split(ranks.sum(0), ends[:-1])
-        tokens, samples, data_wait_s = scalars
+        tokens, samples, data_wait_s, cpu_s = scalars
         losses, labels = (x.reshape(len(self.sources), len(TASKS)) for x in (losses, labels))
         values = {
             "time/step_s": seconds / self.num_steps,
@@ -116,7 +117,8 @@ class Meters:
             for t, task in enumerate(TASKS[:2]):
                 if images[t]:
                     values[f"kept_tokens/{task}/stage_{stage}_layers_{first}-{end - 1}"] = row[t] / images[t]
-        for name, value in zip(TOTALS, (tokens, samples, (1 + BACKWARD_FACTOR) * flops.sum(), seconds)):
+        counted = (tokens, samples, (1 + BACKWARD_FACTOR) * flops.sum(), seconds, cpu_s, *labels.sum(0))
+        for name, value in zip(TOTALS, counted, strict=True):
             self.totals[name] += float(value)
             values[f"totals/{name}"] = self.totals[name]
         if self.world.device.type == "cuda":

@@ -1,6 +1,7 @@
 """Pictures for people: grids of images with captions."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def save_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path,
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions):
         axis.imshow(image, interpolation="nearest", vmin=0, vmax=255)
-        axis.set_title(caption, fontsize=8)
+        axis.set_title(textwrap.fill(caption, 22), fontsize=8)
     if title:
         figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)

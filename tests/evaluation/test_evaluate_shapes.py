@@ -40,10 +40,15 @@ def test_report_by_split_kind_and_number_of_shapes(data, tmp_path):
         "evaluation.shards": f"{data}/codes/{{understanding,generation}}-{{seen,test}}-0000.tar",
         "evaluation.num_drawings": 40,
         "optimizer.num_steps": 1,
+        "checkpoint.every_steps": 1,
     }
     run_ranks(1, train, load_config("shapes", TINY | settings), 1)
     found = evaluate(tmp_path / "run")
     assert found == json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    # the paths that a study reads, as for digits
+    numbers = (found["understanding"]["accuracy_by_scoring"], found["generation"]["accuracy_by_judge"], found["generation"]["frechet_distance"])
+    assert all(isinstance(number, float) for number in numbers) and {"understanding", "generation"} == set(found["losses"])
+    assert all(0 < loss < 10 for loss in found["losses"].values())
     reads, draws = found["understanding"], found["generation"]
     assert reads["questions"] == 48 and draws["drawings"] == 40
     for split in ("seen", "test"):
@@ -51,7 +56,7 @@ def test_report_by_split_kind_and_number_of_shapes(data, tmp_path):
         assert sum(kinds.values()) == reads["by_split"][split]["questions"] == 24
         assert set(kinds) <= {"count", "color", "relation", "existence"} and len(kinds) > 2
         judged = draws["by_split"][split]
-        assert judged["drawings"] == 20 and 0 <= judged["all"] <= judged["shapes"] <= 1 and set(judged["all_by_number_of_shapes"]) <= set("1234")
+        assert judged["drawings"] == 20 and 0 <= judged["accuracy_by_judge"] <= judged["shapes"] <= 1 and set(judged["accuracy_by_number_of_shapes"]) <= set("1234")
         assert judged["ceiling"]["frechet_distance_of_real_images"] < judged["frechet_distance"]
     assert (tmp_path / "run" / "drawings.png").stat().st_size > 5000
     # the tokenizer belongs to the run

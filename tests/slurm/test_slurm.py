@@ -11,8 +11,7 @@ from megavlm.engine.forensics import chain
 from megavlm.engine.manifest import complete_checkpoints
 from tests.slurm.conftest import NUM_STEPS
 
-# slow until the five have run together on an idle machine; they need root and install SLURM themselves
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_a_job_survives_requeueing_preemption_and_a_crashed_node(cluster, make_run, undisturbed):

@@ -1,0 +1,53 @@
+"""From the folders of a study's runs to a table of numbers per (policy, data, seed)."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megavlm.engine.manifest import complete_checkpoints
+from megavlm.engine.run import RunFolder
+from megavlm.study.runner import is_judged
+from megavlm.study.spec import JOINT, Arm, Metric, StudyConfig
+
+
+@dataclass
+class Results:
+    """What the judged arms of a study have given."""
+
+    study: StudyConfig
+    runs: dict[tuple[str, str, int], dict[str, Any]]
+    """(policy, data, seed) → evaluation and totals of the run."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of which every arm is judged: only they are compared."""
+        wanted = [(policy, data) for policy in self.study.policies for data in (JOINT, *self.study.tasks)]
+        return [seed for seed in self.study.seeds if all((*arm, seed) in self.runs for arm in wanted)]
+
+    def metric(self, policy: str, data: str, metric: Metric) -> np.ndarray:
+        """A metric ``[num_seeds]``, signed so that higher is better."""
+        sign = 1 if metric.better == "high" else -1
+        return sign * np.array([_at(self.runs[policy, data, seed]["evaluation"], metric.path) for seed in self.seeds])
+
+    def total(self, policy: str, data: str, name: str) -> np.ndarray:
+        """One of the run's totals (`megavlm.monitor.metrics.TOTALS`) ``[num_seeds]``."""
+        return np.array([self.runs[policy, data, seed]["totals"][name] for seed in self.seeds])
+
+
+def collect(study: StudyConfig, arms: list[Arm]) -> Results:
+    """Read what is there; unfinished arms are left out."""
+    runs = {}
+    for arm in filter(is_judged, arms):
+        folder = RunFolder(arm.folder)
+        state = json.loads((complete_checkpoints(folder.checkpoints)[-1] / "state.json").read_text())
+        run = {"evaluation": json.loads(folder.evaluation.read_text()), "totals": state["totals"], "folder": arm.folder.name}
+        runs |= {(policy, arm.data, arm.seed): run for policy in arm.policies}
+    return Results(study, runs)
+
+
+def _at(tree: dict, path: str) -> float:
+    for name in path.split("."):
+        tree = tree[name]
+    return float(tree)

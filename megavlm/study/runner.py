@@ -1,0 +1,73 @@
+"""Trains and judges the arms of a study, one after another or a few at a time; what is done already is not done again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megavlm.config import save_config
+from megavlm.engine.manifest import complete_checkpoints, step_of
+from megavlm.engine.run import RunFolder
+from megavlm.errors import MegavlmError
+from megavlm.study.spec import Arm
+
+
+def is_trained(arm: Arm) -> bool:
+    """Whether the last step's checkpoint is there."""
+    checkpoints = complete_checkpoints(RunFolder(arm.folder).checkpoints)
+    return bool(checkpoints) and step_of(checkpoints[-1]) >= arm.config.optimizer.num_steps
+
+
+def is_judged(arm: Arm) -> bool:
+    """Whether the last step's checkpoint was evaluated."""
+    file = RunFolder(arm.folder).evaluation
+    return is_trained(arm) and file.is_file() and step_of(Path(json.loads(file.read_text())["checkpoint"])) >= arm.config.optimizer.num_steps
+
+
+def run_arms(arms: list[Arm], parallel: int, processes: int) -> None:
+    """Train and judge what is unfinished.
+
+    Args:
+        arms: Of the study.
+        parallel: Arms at a time. They share the cores.
+        processes: Of each arm's training.
+
+    Raises:
+        MegavlmError: If an arm fails; the others are finished first.
+    """
+    todo = [arm for arm in arms if not is_judged(arm)]
+    threads = max(1, len(os.sched_getaffinity(0)) // (parallel * processes))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    failures = []
+    with Progress(*columns) as progress, ThreadPoolExecutor(parallel) as pool:
+        bar = progress.add_task(f"{len(arms)} arms, {parallel} at a time", total=len(arms), completed=len(arms) - len(todo))
+        running = {pool.submit(_run, arm, processes, threads): arm for arm in todo}
+        for future in as_completed(running):
+            progress.advance(bar)
+            progress.print(f"{running[future].folder.name}: {future.result() or 'done'}")
+            failures += [future.result()] if future.result() else []
+    if failures:
+        raise MegavlmError(f"{len(failures)} of {len(arms)} arms failed\n  do:    read their study.log, and start the study again: it goes on")
+
+
+def _run(arm: Arm, processes: int, threads: int) -> str:
+    """Returns what went wrong, or nothing."""
+    arm.folder.mkdir(parents=True, exist_ok=True)
+    recipe = arm.folder / "recipe.yaml"
+    save_config(arm.config, recipe)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    commands = [] if is_trained(arm) else [[*launcher, "-m", "megavlm", "train", str(recipe)]]
+    commands.append(["-m", "megavlm", "evaluate", str(arm.folder)])
+    with (arm.folder / "study.log").open("a") as log:
+        for command in commands:
+            print(time.strftime("%F %T"), *command, file=log, flush=True)
+            status = subprocess.run([sys.executable, *command], env=environment, stdout=log, stderr=log).returncode
+            if status:
+                return f"{command[-2]} ended with status {status}, see {arm.folder / 'study.log'}"
+    return ""

@@ -1,0 +1,146 @@
+"""What a study compares: a YAML file becomes a list of arms, each a recipe with a few settings changed.
+
+The arms are {one task alone, for each task; all together} x policies x seeds. An arm with one task keeps that task's route only;
+where two policies then agree they share the arm. An arm with one task has fewer and smaller packs per step, so that in every step it
+sees as many tokens of its task as the joint arm does, with the same number of steps.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from megavlm.build import with_mixture
+from megavlm.config import RoutingConfig, RunConfig, find_resource, load_config
+from megavlm.data.mixture import token_shares
+from megavlm.errors import ConfigError
+from megavlm.routing.policies import Dense
+from megavlm.settings import Settings
+
+JOINT, DENSE = "joint", "dense"
+
+
+class Metric(Settings):
+    """One number of `evaluation.json`."""
+
+    name: str
+    """As the report calls it."""
+    path: str
+    """Where it stands in `evaluation.json`, dotted."""
+    better: Literal["high", "low"] = "high"
+    """Which way is good. Synergy is a gain: positive is good either way."""
+
+
+class StudyTask(Settings):
+    """One of the tasks whose synergy is asked for."""
+
+    sources: Annotated[list[str], Field(min_length=1)]
+    """The sources of the recipe that an arm with this task alone trains on."""
+    metrics: Annotated[list[Metric], Field(min_length=1)]
+    """How it is judged; the first one is the quality that the report's figure and statement speak of."""
+
+
+class StudyConfig(Settings):
+    """A study."""
+
+    study_dir: str
+    """Folder for the runs (`runs/`) and the report."""
+    recipe: str
+    """The recipe that all arms share: a path or a name."""
+    overrides: dict[str, Any] = {}
+    """Dotted path → value, for all arms."""
+    tasks: Annotated[dict[Literal["understanding", "generation"], StudyTask], Field(min_length=2)]
+    """The tasks."""
+    policies: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    """Name → dotted path → value: mostly `routing.understanding` and `routing.generation`, and `evaluation.route: trained` for models that
+    must be judged as they were trained. One is called `dense`: the others are compared with it."""
+    seeds: Annotated[list[int], Field(min_length=1)]
+    """Each is a repetition of the whole study."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a study."""
+
+    policies: tuple[str, ...]
+    """The policies that this run stands for."""
+    data: str
+    """The task that it trains, or ``joint``."""
+    seed: int
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+def load_study(name: str, overrides: dict[str, Any] | None = None) -> StudyConfig:
+    """Read a study.
+
+    Args:
+        name: Path of a YAML file, or the name of one that ships with megavlm.
+        overrides: Of the study's own settings, such as ``seeds`` or ``study_dir``.
+
+    Raises:
+        ConfigError: With every mistake.
+    """
+    path = find_resource("recipes/studies", name, ".yaml")
+    tree = yaml.safe_load(path.read_text()) | {
+        key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in (overrides or {}).items()
+    }
+    try:
+        study = StudyConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (value {e['input']!r})" for e in error.errors()]
+        raise ConfigError(f"{path}: {len(lines)} mistakes\n" + "\n".join(lines)) from error
+    if DENSE not in study.policies:
+        raise ConfigError(f"{path}: policies has no {DENSE!r} to compare with\n  do:    add it: {DENSE}: {{}}")
+    return study
+
+
+def plan_arms(study: StudyConfig) -> list[Arm]:
+    """All runs of a study, dense ones first, without repetitions."""
+    arms: dict[str, Arm] = {}
+    for seed in study.seeds:
+        for policy, settings in study.policies.items():
+            for data in (JOINT, *study.tasks):
+                config = _configure(study, settings, data, seed)
+                same = config.model_copy(update={"run_dir": ""}).model_dump_json()
+                if same in arms:
+                    known = arms[same]
+                    arms[same] = Arm((*known.policies, policy), data, seed, known.config)
+                else:
+                    run_dir = str(Path(study.study_dir) / "runs" / f"{policy}-{data}-{seed}")
+                    arms[same] = Arm((policy,), data, seed, config.model_copy(update={"run_dir": run_dir}))
+    return list(arms.values())
+
+
+def _configure(study: StudyConfig, policy: dict[str, Any], data: str, seed: int) -> RunConfig:
+    base = study.overrides | {"seed": seed, "run_dir": study.study_dir}
+    joint = load_config(study.recipe, base | policy)
+    if data == JOINT:
+        return joint
+    wanted = study.tasks[data].sources
+    if unknown := [name for name in wanted if name not in joint.data.sources]:
+        raise ConfigError(f"tasks.{data}.sources: {study.recipe} has no source {', '.join(unknown)}\n  do:    correct the name")
+    shares = dict(zip(joint.data.sources, token_shares(with_mixture(joint).data.mixture, joint.data)))
+    lanes = joint.data.num_lanes * sum(shares[name] for name in wanted)
+    num_lanes = max(1, round(lanes))
+    sources = {name: source for name, source in joint.data.sources.items() if name in wanted}
+    data_part = {"sources": sources, "num_lanes": num_lanes, "pack_tokens": round(joint.data.pack_tokens * lanes / num_lanes)}
+    routing, evaluation = joint.routing, joint.evaluation
+    routing = routing.model_copy(update={task: Dense() for task in study.tasks if task != data})
+    if routing.understanding == routing.generation == Dense():
+        # nothing is left of the policy: this is the dense arm
+        routing, evaluation = RoutingConfig(), evaluation.model_copy(update={"route": "dense"})
+    update = {"data": joint.data.model_copy(update=data_part), "routing": routing, "evaluation": evaluation}
+    return joint.model_copy(update=update)
+
+
+def write_array(arms: list[Arm], file: Path) -> None:
+    """Write arms as the list of overrides that `megavlm submit --array` reads; each run's folder is named as here."""
+    runs = [{"name": arm.folder.name, **arm.config.model_dump(mode="json", exclude={"run_dir"})} for arm in arms]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(runs, sort_keys=False, default_flow_style=None, width=110))

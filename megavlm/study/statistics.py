@@ -1,0 +1,53 @@
+"""Synergy and how much of it is kept, with bootstrap intervals over seeds (Efron 1979)."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+LEVEL = 0.95
+MAX_RESAMPLES = 20_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its interval at `LEVEL`."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+
+def bootstrap(statistic, *samples: np.ndarray) -> Interval:
+    """The percentile interval of a statistic of paired samples, resampling seeds.
+
+    Args:
+        statistic: Of as many arrays ``[num_seeds]`` as there are samples.
+        samples: Values per seed; the same seeds are drawn in all of them.
+
+    Every resample of few seeds is enumerated (3 seeds have 27), more than `MAX_RESAMPLES` are drawn. With 3 seeds an interval cannot
+    cover more than the range of the seeds' values: read it as "the seeds lie within", not as a test.
+    """
+    num = len(samples[0])
+    if num**num <= MAX_RESAMPLES:
+        draws = np.array(list(product(range(num), repeat=num)))
+    else:
+        draws = np.random.default_rng(0).integers(num, size=(MAX_RESAMPLES, num))
+    values = np.array([statistic(*(sample[draw] for sample in samples)) for draw in draws])
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(statistic(*samples)), float(low), float(high))
+
+
+def gain(joint: np.ndarray, single: np.ndarray) -> Interval:
+    """Synergy of a task: what joint training has over training it alone, per seed and then averaged. Higher is better."""
+    return bootstrap(lambda j, s: (j - s).mean(), joint, single)
+
+
+def retained(joint: np.ndarray, single: np.ndarray, dense_joint: np.ndarray, dense_single: np.ndarray) -> Interval:
+    """A policy's synergy as a share of dense training's. Says something only where the dense synergy's interval leaves out 0."""
+    return bootstrap(
+        lambda j, s, dj, ds: (j - s).mean() / d if (d := (dj - ds).mean()) else np.nan, joint, single, dense_joint, dense_single
+    )

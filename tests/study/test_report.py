@@ -1,0 +1,87 @@
+"""The numbers of the report, on results that are known, and one tiny study from nothing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megavlm.cli import main
+from megavlm.study.report import statements, summarize
+from megavlm.study.results import Results
+from megavlm.study.spec import Metric, StudyConfig
+from megavlm.study.statistics import bootstrap, gain, retained
+from tests.study.test_spec import make_study  # noqa: F401
+
+
+def test_the_interval_of_a_mean_is_that_of_all_resamples():
+    values = np.array([0.0, 1.0, 5.0])
+    found = bootstrap(np.mean, values)
+    means = sorted(np.mean([a, b, c]) for a in values for b in values for c in values)
+    assert found.value == pytest.approx(2) and found.low == pytest.approx(np.quantile(means, 0.025))
+    assert found.high == pytest.approx(np.quantile(means, 0.975))
+
+
+def test_pairing_by_seed_removes_what_seeds_share():
+    luck = np.array([-10.0, 0.0, 10.0])
+    assert gain(luck + 1, luck) == gain(np.ones(3), np.zeros(3))
+    found = retained(luck + 1, luck, luck + 2, luck)
+    assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
+
+
+def results_of(make_study, quality: dict) -> Results:
+    """``quality``: (policy, data) → values of the three seeds for (understanding, generation's distance)."""
+    metrics = {"understanding": Metric(name="accuracy", path="u"), "generation": Metric(name="distance", path="g", better="low")}
+    study = StudyConfig.model_validate(make_study(seeds=[0, 1, 2]).model_dump() | {
+        "policies": {"dense": {}, "other": {}},
+        "tasks": {task: {"sources": [task], "metrics": [metric]} for task, metric in metrics.items()},
+    })  # fmt: skip
+    totals = {"executed_flops": 1e15, "cpu_seconds": 60.0}
+    runs = {
+        (policy, data, seed): {"evaluation": {"u": u[seed], "g": g[seed]}, "totals": totals, "folder": f"{policy}-{data}-{seed}"}
+        for (policy, data), (u, g) in quality.items() for seed in range(3)
+    }  # fmt: skip
+    return Results(study, runs)
+
+
+def test_statements_say_no_more_than_the_intervals(make_study):  # noqa: F811
+    none = [0.0, 0.0, 0.0]
+    found = results_of(make_study, {
+        ("dense", "joint"): ([0.9, 0.91, 0.92], [50, 60, 40]), ("dense", "understanding"): ([0.8, 0.8, 0.8], none),
+        ("dense", "generation"): (none, [50, 50, 50]), ("other", "joint"): ([0.80, 0.81, 0.82], [20, 20, 20]),
+        ("other", "understanding"): ([0.8, 0.8, 0.8], none), ("other", "generation"): (none, [50, 50, 50]),
+    })  # fmt: skip
+    summary = summarize(found)
+    u = summary["policies"]["other"]["tasks"]["understanding"]["accuracy"]
+    assert u["retained"].value == pytest.approx(0.01 / 0.11) and u["joint_minus_dense_joint"].value == pytest.approx(-0.1)
+    # a lower distance is a gain
+    assert summary["policies"]["other"]["tasks"]["generation"]["distance"]["synergy"].value == pytest.approx(30)
+    lines = statements(summary)
+    assert "Dense joint training helps understanding" in lines[0] and "keeps less than 95% of the synergy" in lines[1]
+    assert "is below" in lines[1]
+    assert "is open" in lines[2] and "retain" not in lines[3] and "synergy" not in lines[3] and "is above" in lines[3]
+
+
+def test_only_seeds_that_are_complete_are_compared(make_study):  # noqa: F811
+    quality = {(policy, data): ([0, 0, 0], [0, 0, 0]) for policy in ("dense", "other") for data in ("joint", "understanding", "generation")}
+    found = results_of(make_study, quality)
+    del found.runs["other", "joint", 1]
+    assert found.seeds == [0, 2]
+
+
+def test_a_study_from_nothing_and_again(make_study, tmp_path, monkeypatch, capsys):  # noqa: F811
+    study = make_study(policies={"dense": {}}, seeds=[0], overrides=make_study().overrides | {"optimizer.num_steps": 2})
+    import yaml
+
+    file = tmp_path / "study.yaml"
+    assert yaml.safe_load(file.read_text())["overrides"]["optimizer.num_steps"] == 2
+    for _ in range(2):
+        monkeypatch.setattr("sys.argv", ["megavlm", "study", str(file), "--parallel", "2"])
+        main()
+        assert capsys.readouterr().out.strip().endswith(f"{study.study_dir}/report.md")
+    folder = tmp_path / "study"
+    text = (folder / "report.md").read_text()
+    assert "| dense |" in text and "dense-joint-0" in text and (folder / "report.png").stat().st_size > 10_000
+    report = json.loads((folder / "report.json").read_text())
+    assert report["policies"]["dense"]["flops_share"]["value"] == 1.0
+    # trained and judged once, although the study was given twice
+    assert (folder / "runs" / "dense-joint-0" / "study.log").read_text().count("megavlm train") == 1

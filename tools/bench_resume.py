@@ -1,0 +1,93 @@
+#!/usr/bin/env python
+"""Does it take longer to resume late in a corpus than early? Time from a lane's state to its next pack, at step 10 and at step 10,000.
+
+    python tools/bench_resume.py --out docs/data/resume.json
+
+Writes a corpus of small shards with samples of 64 image codes and text, runs one lane over it to step 10,000 (some minutes), and from then on makes
+the lane again from each of the two states, in turns, several times. A lane re-reads the samples that waited in its look-ahead and the heads
+of its current shards, however far it has come.
+"""
+
+import io
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import fire
+import numpy as np
+import webdataset
+from rich.progress import track
+
+from megavlm import build
+from megavlm.benchmarks import digits
+from megavlm.config import load_config
+
+EARLY = 10
+
+
+def write(folder: Path, num_shards: int, samples_per_shard: int) -> None:
+    """Shards of both tasks; the codes do not matter."""
+    digits.write(folder)
+    content = io.BytesIO()
+    np.save(content, np.zeros((8, 8), np.int16))
+    for shard in track(range(num_shards), description="writing shards"):
+        task = ("understanding", "generation")[shard % 2]
+        image, text = {"image": "img0"}, {"text": "a handwritten seven"}
+        (image if task == "generation" else text)["loss"] = True
+        record = {"task": task, "segments": [image, text] if task == "understanding" else [text, image]}
+        with webdataset.TarWriter(str(folder / f"corpus-{task}-{shard // 2:04d}.tar"), encoder=False, mtime=0) as writer:
+            for i in range(samples_per_shard):
+                writer.write({"__key__": f"{shard:04d}-{i:05d}", "json": json.dumps(record).encode(), "img0.npy": content.getvalue()})
+
+
+def bench(late: int = 10_000, num_shards: int = 400, samples_per_shard: int = 500, repeats: int = 15, out: str = ""):
+    """Measure it.
+
+    Args:
+        late: The later step.
+        num_shards: Of the corpus, over both tasks.
+        samples_per_shard: In each.
+        repeats: Resumes from each state.
+        out: JSON file to write.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder, num_shards, samples_per_shard)
+        overrides = {
+            "vocabulary.text_model": str(folder / "text.model"),
+            "data.sources": {
+                task: {"shards": f"{folder}/corpus-{task}-{{0000..{num_shards // 2 - 1:04d}}}.tar"} for task in ("understanding", "generation")
+            },
+            "data.num_lanes": 1, "data.pack_tokens": 1280, "data.look_ahead_samples": 64,
+        }  # fmt: skip
+        factory = build.LaneFactory(build.with_mixture(load_config("digits", overrides)))
+        lane, states = factory(0), {}
+        for step in track(range(1, late + 1), description=f"running the lane to step {late}"):
+            _, state = next(lane)
+            if step in (EARLY, late):
+                states[step] = state
+        seconds, read_again = {step: [] for step in states}, {}
+        for repeat in track(range(repeats + 1), description="resuming"):
+            for step, state in states.items():
+                begin = time.perf_counter()
+                resumed = factory(0, state)
+                next(resumed)
+                if repeat:  # the first warms up
+                    seconds[step].append(time.perf_counter() - begin)
+                read_again[step] = resumed.read_again
+    result = {
+        "corpus_samples": num_shards * samples_per_shard,
+        "resume_ms": {step: {"median": 1e3 * statistics.median(v), "lowest": 1e3 * min(v), "highest": 1e3 * max(v)} for step, v in seconds.items()},
+        "late_over_early": statistics.median(seconds[late]) / statistics.median(seconds[EARLY]),
+        "samples_read_again": read_again,
+        "command": f"python tools/bench_resume.py --late={late} --num_shards={num_shards} --samples_per_shard={samples_per_shard} --repeats={repeats}",
+    }
+    print(json.dumps(result, indent=1))
+    if out:
+        Path(out).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    fire.Fire(bench)
