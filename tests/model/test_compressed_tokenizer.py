@@ -13,7 +13,7 @@ from megavlm.data.pack import build_pack
 from megavlm.data.sample import Coordinates, Sample, Segment
 from megavlm.errors import ConfigError, DataError, MegavlmError
 from megavlm.evaluation.sampling import answer, draw_images
-from megavlm.model.compressed_tokenizer import CompressedTokenizer
+from megavlm.model.compressed_tokenizer import CompressedTokenizer, codes_of
 from megavlm.model.plug_in_training import Plan, train_plug_in
 from megavlm.routing.compress import PlugInSettings
 from tests.distributed.ranks import run_ranks
@@ -64,6 +64,8 @@ def test_codes_are_global_separator_compressed(tokenizer):
     assert (codes[:, 0, 4] == 64).all() and tokenizer.codebook_size == 65 and np.delete(codes[:, 0], 4, axis=1).max() < 64
     assert (tokenizer.encode(digits.TOKENIZER.decode(dense)) == codes).all()
     assert tokenizer.restore(codes).shape == (5, 8, 8) and tokenizer.decode(codes).shape == (5, 8, 8, 3)
+    for image in (dense[2], digits.TOKENIZER.decode(dense)[2]):  # as shards hold it
+        assert (codes_of(image, tokenizer) == codes[2]).all() and (codes_of(image, digits.TOKENIZER) == dense[2]).all()
     again = pickle.loads(pickle.dumps(tokenizer))
     assert "plug_in" not in vars(again) and (again.compress(dense) == codes).all() and again.fingerprint == tokenizer.fingerprint
 
