@@ -102,7 +102,7 @@ def bench(*runs: str, raw: str, out: str, batch_images: int = 16, repeats: int =
         "drawings": evaluation["generation"]["drawings"],
         "questions_right_by_the_commonest_answer_of_each_kind": _commonest(samples),
         "images_drawn_at_a_time": batch_images,
-        "machine": f"{torch.get_num_threads()} CPU threads" if model.device.type == "cpu" else torch.cuda.get_device_name(),
+        "machine": f"CPU, threads: {torch.get_num_threads()}" if model.device.type == "cpu" else torch.cuda.get_device_name(),
         "rows": rows,
     }
     path = Path(out)
@@ -156,7 +156,7 @@ def _plug_in(tokenizer) -> dict | None:
         return None
     dense_Nhw = torch.zeros(1, tokenizer.around.height, tokenizer.around.width, dtype=torch.long, device=tokenizer.device)
     # the fused attention of CPUs is not counted
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as compressing:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as compressing:
         indices_NP = tokenizer.plug_in.compress(dense_Nhw)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as restoring:
         tokenizer.plug_in.restore(indices_NP)

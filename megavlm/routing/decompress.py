@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from megavlm.routing.compress import Compressor, PlugInSettings, Quantizer
 
-Cache = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values ``[N, heads, places so far, d]`` of each layer."""
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+"""``[N, heads, places, d]`` each."""
 
 
 class Layer(nn.Module):
@@ -34,14 +34,16 @@ class Layer(nn.Module):
         self.q, self.kv, self.cross_out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
         self.wide = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(
-        self, x_NlW: torch.Tensor, memory_NPW: torch.Tensor, before: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def of_memory(self, memory_NPW: torch.Tensor) -> KeysValues:
+        """Keys and values of the global and compressed tokens; the same for every place."""
+        return self._heads(self.kv(memory_NPW), 2)
+
+    def forward(self, x_NlW: torch.Tensor, memory: KeysValues, before: KeysValues | None) -> tuple[torch.Tensor, KeysValues]:
         """The stream after the layer, and keys and values of all places so far.
 
         Args:
             x_NlW: The stream: from the first place on, or one place when there is something before.
-            memory_NPW: Global and compressed tokens.
+            memory: What `of_memory` gives.
             before: Keys and values of the places before.
         """
         q, k, v = self._heads(self.qkv(self.norm_self(x_NlW)), 3)
@@ -50,13 +52,13 @@ class Layer(nn.Module):
         read = functional.scaled_dot_product_attention(q, k, v, is_causal=before is None)
         x_NlW = x_NlW + self.self_out(read.transpose(1, 2).flatten(2))
         (asked,) = self._heads(self.q(self.norm_cross(x_NlW)), 1)
-        read = functional.scaled_dot_product_attention(asked, *self._heads(self.kv(memory_NPW), 2))
+        read = functional.scaled_dot_product_attention(asked, *memory)
         x_NlW = x_NlW + self.cross_out(read.transpose(1, 2).flatten(2))
         return x_NlW + self.wide(self.norm_wide(x_NlW)), (k, v)
 
-    def _heads(self, x_Nlw: torch.Tensor, num: int) -> list[torch.Tensor]:
+    def _heads(self, x_Nlw: torch.Tensor, num: int) -> tuple[torch.Tensor, ...]:
         """``num`` tensors ``[N, heads, l, d]``."""
-        return [part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in x_Nlw.chunk(num, dim=2)]
+        return tuple(part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in x_Nlw.chunk(num, dim=2))
 
 
 class Decompressor(nn.Module):
@@ -91,22 +93,26 @@ class Decompressor(nn.Module):
     @torch.no_grad()
     def generate(self, tokens_NPD: torch.Tensor, embedding: nn.Embedding) -> torch.Tensor:
         """The most likely dense codes ``[N, L]``, one after another, each from its own before it."""
-        memory_NPW = self._memory(tokens_NPD)
+        memory = self._memory(tokens_NPD)
         x_N1D, cache, codes = self.start_D.expand(len(tokens_NPD), 1, -1), None, []
         for place in range(len(self.place_LW)):
-            x_N1W, cache = self._run(x_N1D, memory_NPW, place, cache)
+            x_N1W, cache = self._run(x_N1D, memory, place, cache)
             codes.append(self.to_code(x_N1W).argmax(-1))
             x_N1D = embedding(codes[-1])
         return torch.cat(codes, 1)
 
-    def _memory(self, tokens_NPD: torch.Tensor) -> torch.Tensor:
-        return self.memory_norm(self.memory_into(tokens_NPD) + self.memory_place_PW)
+    def _memory(self, tokens_NPD: torch.Tensor) -> list[KeysValues]:
+        """Of each layer."""
+        memory_NPW = self.memory_norm(self.memory_into(tokens_NPD) + self.memory_place_PW)
+        return [layer.of_memory(memory_NPW) for layer in self.layers]
 
-    def _run(self, x_NlD: torch.Tensor, memory_NPW: torch.Tensor, first: int, cache: Cache | None) -> tuple[torch.Tensor, Cache]:
+    def _run(
+        self, x_NlD: torch.Tensor, memory: list[KeysValues], first: int, cache: list[KeysValues] | None
+    ) -> tuple[torch.Tensor, list[KeysValues]]:
         x_NlW = self.into(x_NlD) + self.place_LW[first : first + x_NlD.shape[1]]
         after = []
         for number, layer in enumerate(self.layers):
-            x_NlW, keys_values = layer(x_NlW, memory_NPW, cache[number] if cache else None)
+            x_NlW, keys_values = layer(x_NlW, memory[number], cache[number] if cache else None)
             after.append(keys_values)
         return self.norm(x_NlW), after
 

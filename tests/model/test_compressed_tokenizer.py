@@ -135,12 +135,13 @@ def test_decoding_and_drawing(config):
     assert answer(backbone, encoder, prompts, costing, torch.device("cpu"), 3) != said
 
 
+def test_the_mixture_knows_the_compressed_length(config):
+    mixture = build.with_mixture(config()).data.mixture
+    assert {layout.spans[0][0] for source in mixture.values() for _, layout in source.layouts} == {21}
+
+
 def test_a_run_with_features_trains_on_two_ranks(config):
-    made = config(**{"checkpoint.every_steps": 100})
-    mixture = build.with_mixture(made).data.mixture
-    lengths = {layout.spans[0][0] for source in mixture.values() for _, layout in source.layouts}
-    assert lengths == {21}, "layouts know the compressed length"
-    ranks = run_ranks(2, train, made, 2)
+    ranks = run_ranks(2, train, config(**{"checkpoint.every_steps": 100}), 2)
     weights = ranks[0]["weights"]
     assert weights["reader.weight/exp_avg"].abs().sum() > 0
     assert all(np.isfinite(norm) for norm in ranks[0]["norms"])
