@@ -9,6 +9,7 @@ import torch
 
 from megavlm import build
 from megavlm.benchmarks import digits
+from megavlm.data.encode import Encoder, GridOnly
 from megavlm.data.pack import build_pack
 from megavlm.data.sample import Coordinates, Sample, Segment
 from megavlm.errors import ConfigError, DataError, MegavlmError
@@ -138,6 +139,8 @@ def test_decoding_and_drawing(config):
 def test_the_mixture_knows_the_compressed_length(config):
     mixture = build.with_mixture(config()).data.mixture
     assert {layout.spans[0][0] for source in mixture.values() for _, layout in source.layouts} == {21}
+    vocabulary, tokenizer = build.build_vocabulary(config()), build.build_image_tokenizer(config())
+    assert Encoder(vocabulary, GridOnly(tokenizer))(sample()).spans[0].length == 21, "of dense codes too"
 
 
 def test_a_run_with_features_trains_on_two_ranks(config):
