@@ -3,8 +3,12 @@
     python tools/bench_loader.py --out docs/data/loader.json
 
 Writes shards of samples of 1,024 tokens (an image of 31 x 32 codes and text), then reads them with a lane (parse, tokenize the text, look-ahead
-of 256, equal-cost packing, route, pin if there is a GPU) and with ``webdataset.WebDataset(…).shuffle(1000).decode()`` (no packing, no route,
-no tokenizing), in turns in one process on one core.
+of 256, equal-cost packing, route, pin if there is a GPU), in turns with two pipelines of WebDataset, in one process on one core:
+
+    decoded      ``WebDataset(…).shuffle(1000).decode()``: json and npy become objects; nothing is checked, no text is tokenized
+    tokenized    the same, then every sample becomes one array of ids: what any training does with it
+
+Neither packs, routes, checks what it reads, or can resume.
 """
 
 import argparse
@@ -81,15 +85,31 @@ def time_lane(lane, num_samples: int) -> tuple[float, float]:
     return samples / elapsed_s, tokens / elapsed_s
 
 
-def time_webdataset(folder: Path, num_samples: int) -> float:
+def time_webdataset(folder: Path, num_samples: int, tokenize=None) -> float:
+    """Samples per second of processor time."""
     urls = sorted(str(path) for path in folder.glob("bench-*.tar"))
     pipeline = webdataset.WebDataset(urls, shardshuffle=False, repeat=True).shuffle(1000).decode()
-    samples = iter(pipeline)
+    samples = iter(pipeline.map(tokenize) if tokenize else pipeline)
     next(samples)  # fills the shuffle buffer's beginning
     begin = time.process_time()
     for _ in itertools.islice(samples, num_samples):
         pass
     return num_samples / (time.process_time() - begin)
+
+
+def tokenizer_of(vocabulary):
+    """The least that makes tokens of a decoded sample: ids ``[1024]``."""
+
+    def tokens(sample: dict) -> np.ndarray:
+        parts = [[vocabulary.bos]]
+        for segment in sample["json"]["segments"]:
+            if "text" in segment:
+                parts.append(vocabulary.encode_text(segment["text"]))
+            else:
+                parts += [[vocabulary.boi], vocabulary.encode_codes(sample[segment["image"] + ".npy"]), [vocabulary.eoi]]
+        return np.concatenate([*parts, [vocabulary.eos]])
+
+    return tokens
 
 
 def main() -> None:
@@ -103,20 +123,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
-        ours, plain = [], []
+        ours, decoded, tokenized = [], [], []
         for run in range(options.rounds):
             lane = make_lane(folder, run)
             next(lane)  # fills the look-ahead
             ours.append(time_lane(lane, options.samples))
-            plain.append(time_webdataset(folder, options.samples))
+            decoded.append(time_webdataset(folder, options.samples))
+            tokenized.append(time_webdataset(folder, options.samples, tokenizer_of(lane.encoder.vocabulary)))
     samples_per_s, tokens_per_s = np.median(ours, axis=0)
     result = {
         "sample_tokens": SAMPLE_TOKENS,
         "pinned": torch.cuda.is_available(),
         "lane": {"samples_per_s": round(samples_per_s), "tokens_per_s": round(tokens_per_s)},
-        "webdataset": {"samples_per_s": round(float(np.median(plain)))},
-        "lane_over_webdataset": round(float(samples_per_s / np.median(plain)), 2),
-        "rounds": {"lane_samples_per_s": [round(s) for s, _ in ours], "webdataset_samples_per_s": [round(s) for s in plain]},
+        "webdataset_decoded": {"samples_per_s": round(float(np.median(decoded)))},
+        "webdataset_tokenized": {"samples_per_s": round(float(np.median(tokenized)))},
+        "lane_over_tokenized": round(float(samples_per_s / np.median(tokenized)), 2),
+        "rounds_samples_per_s": {
+            "lane": [round(s) for s, _ in ours], "decoded": [*map(round, decoded)], "tokenized": [*map(round, tokenized)],
+        },
     }
     print(json.dumps(result, indent=1))
     if options.out:

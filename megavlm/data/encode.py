@@ -8,6 +8,7 @@ Worked example, generation (loss on the tokens marked ``*``, each predicted from
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -68,6 +69,7 @@ class EncodedSample:
         """The first token with a loss, or the length if there is none."""
         return int(self.has_loss.argmax()) if self.has_loss.any() else self.num_tokens
 
+    @cached_property
     def prompt_places(self) -> np.ndarray:
         """Places of a generation sample's prompt that predict nothing: text before the token that predicts the first label."""
         if self.task != GENERATION:
@@ -113,7 +115,8 @@ class Encoder:
             DataError: Without a place, where codes lie outside the codebook or have the wrong grid.
         """
         vocabulary = self.vocabulary
-        parts, losses, tasks, spans = [[vocabulary.bos]], [False], [TEXT], []
+        # losses and tasks of runs of tokens: <bos>, the segments, <eos>
+        parts, lengths, losses, tasks, spans = [[vocabulary.bos]], [1], [False], [TEXT], []
         text_task = TEXT if sample.task == "text" else UNDERSTANDING
         unconditional = sample.task == "generation" and self._is_unconditional(sample.coordinates)
         num_tokens = 1
@@ -131,14 +134,15 @@ class Encoder:
                 num_new = len(new)
             parts.append(new)
             num_tokens += num_new
-            losses += [segment.loss] * num_new
-            tasks += [task] * num_new
+            lengths.append(num_new)
+            losses.append(segment.loss)
+            tasks.append(task)
         return EncodedSample(
             key=sample.key,
             coordinates=sample.coordinates,
             tokens=np.concatenate([*parts, [vocabulary.eos]]).astype(np.int64, copy=False),
-            has_loss=np.array([*losses, losses[-1]]),
-            tasks=np.array([*tasks, tasks[-1]], np.int64),
+            has_loss=np.repeat([*losses, losses[-1]], [*lengths, 1]),
+            tasks=np.repeat([*tasks, tasks[-1]], [*lengths, 1]),
             spans=tuple(spans),
             task=TASKS.index(sample.task),
         )

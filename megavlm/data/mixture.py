@@ -1,6 +1,7 @@
 """What the mixture is like: sampled layouts of every source, and what follows from them, shares and target costs."""
 
 import logging
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -30,7 +31,7 @@ class SourceMixture(Settings):
     layouts: list[tuple[int, Layout]]
     """(count, layout): [count, [tokens, labelled tokens, [[length, task] of each image span]]]."""
 
-    @property
+    @cached_property
     def mean_tokens(self) -> float:
         counts = sum(count for count, _ in self.layouts)
         return sum(count * layout.num_tokens for count, layout in self.layouts) / counts

@@ -98,7 +98,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, sample: EncodedSample) -> "Layout":
         spans = tuple((span.length, span.task) for span in sample.spans)
-        return cls(sample.num_tokens, int(sample.has_loss.sum()), len(sample.prompt_places()), spans)
+        return cls(sample.num_tokens, int(sample.has_loss.sum()), len(sample.prompt_places), spans)
 
 
 class Costing:
@@ -163,7 +163,7 @@ def build_pack(
         spans=spans,
         starts=starts,
         question_ends=_question_ends(samples, offsets),
-        prompt_rows=np.concatenate([offset + sample.prompt_places() for offset, sample in zip(offsets, samples)]),
+        prompt_rows=np.concatenate([offset + sample.prompt_places for offset, sample in zip(offsets, samples)]),
     )
     costs = np.stack([costing.flops(layout, step) for layout in layouts])
     of_task = np.eye(len(TASKS))[[sample.task for sample in samples]]

@@ -57,7 +57,9 @@ class RunFolder:
         self.environment = self.path / "environment.json"
 
     def prepare(self, config: RunConfig, world: World) -> RunConfig:
-        """Resolve the configuration, compare it with the folder's and keep it there. Called by all ranks together.
+        """Resolve the configuration and compare it with the folder's. Called by all ranks together.
+
+        The folder keeps its own until `keep`: the sources can still be refused when the newest intact checkpoint is known.
 
         Raises:
             ConfigError: If the folder holds a run that cannot go on with this configuration.
@@ -79,9 +81,12 @@ class RunFolder:
             config = with_mixture(config)
             if Path(config.vocabulary.text_model).resolve() != self.text_model.resolve():
                 copy_text_model(Path(config.vocabulary.text_model), self.text_model)
-            save_config(config, self.config_file)
             self.exit_code.unlink(missing_ok=True)
         return world.gather(config if world.is_main else None)[0]
+
+    def keep(self, config: RunConfig) -> None:
+        """Write a configuration with which the run goes on."""
+        save_config(config, self.config_file)
 
     def _adopt(self, config: RunConfig) -> RunConfig:
         """Check ``config`` against the folder's and take over what was resolved when the run began."""

@@ -24,6 +24,7 @@ from megavlm.config import RunConfig
 from megavlm.data.lane import COUNTS
 from megavlm.data.loader import Loader, lanes_of
 from megavlm.data.sample import TASKS
+from megavlm.data.sources import adapt_state, make_sources
 from megavlm.engine.agreement import Wishes
 from megavlm.engine.checkpoint import Checkpointer
 from megavlm.engine.distributed import World, set_timeout
@@ -82,12 +83,16 @@ class Trainer:
         self.stragglers = Stragglers(world, self.folder.stragglers)
         self.step, self.states, self.digests = 0, {}, dict.fromkeys(lanes, "")
         if state := self.checkpointer.restore_newest(self.engine):
+            # the lanes do the same, but in workers, and too late to leave config.yaml as it was
+            adapt_state(state["lanes"]["0"], make_sources(config.data.sources), config.data.when_sources_change)
             self.step, self.states = state["step"], {lane: state["lanes"][str(lane)] for lane in lanes}
             self.guard.load_state(state["guard"])
             self.meters.load_state([rank["meters"] for rank in state["ranks"]], state["totals"])
             digests = {lane: digest for rank in state["ranks"] for lane, digest in rank["digests"].items()}
             self.digests = {lane: digests[str(lane)] for lane in lanes}
             log.info("resuming after step %d from %s", self.step, self.folder.checkpoints)
+        if world.is_main:
+            self.folder.keep(config)
         data = config.data
         self.loader = Loader(
             build.LaneFactory(config),

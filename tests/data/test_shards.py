@@ -1,4 +1,6 @@
 import gzip
+import io
+import tarfile
 
 import pytest
 import webdataset
@@ -60,3 +62,35 @@ def test_missing_shard(tmp_path):
 def test_a_shard_named_twice(shard):
     with pytest.raises(ConfigError, match="more than once"):
         expand_shards("train", [str(shard), str(shard)])
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_every_kind_of_tar(tmp_path, format):
+    names = ["a.json", "folder/" * 14 + "b.json", "folder/" * 14 + "c" * 60 + ".json", "\u00e4\u00df.json"]
+    if format != tarfile.USTAR_FORMAT:
+        names.append("d" * 300 + ".json")  # a member of its own holds this name
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        for name in names:
+            header = tarfile.TarInfo(name)
+            header.size, header.uid = len(name), 2**20
+            tar.addfile(header, io.BytesIO(name.encode()[: len(name)]))
+    wanted = [(name.removesuffix(".json"), {"json": name.encode()[: len(name)]}) for name in names]
+    assert list(read_shard(str(tmp_path / "a.tar"))) == wanted
+
+
+def test_a_negative_size_is_an_error(tmp_path, shard):
+    header = tarfile.TarInfo("a.json")
+    header.size = -600
+    (tmp_path / "b.tar").write_bytes(shard.read_bytes()[: 5 * 512] + header.tobuf(tarfile.GNU_FORMAT) + shard.read_bytes()[5 * 512 :])
+    with pytest.raises(DataError, match="cut short"):
+        list(read_shard(str(tmp_path / "b.tar")))
+
+
+def test_a_sparse_member_is_read_with_its_holes(tmp_path):
+    # GNU's old format: one piece of 512 bytes at 1024 of a file of 2048
+    header = bytearray(tarfile.TarInfo("a.json").tobuf(tarfile.GNU_FORMAT))
+    header[124:136], header[156:157] = b"%011o\0" % 512, tarfile.GNUTYPE_SPARSE
+    header[386:410], header[483:495] = b"%011o\0%011o\0" % (1024, 512), b"%011o\0" % 2048
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+    (tmp_path / "a.tar").write_bytes(bytes(header) + b"x" * 512 + bytes(1024))
+    assert list(read_shard(str(tmp_path / "a.tar"))) == [("a", {"json": bytes(1024) + b"x" * 512 + bytes(512)})]

@@ -80,6 +80,24 @@ def test_a_damaged_checkpoint_is_refused_and_the_newest_intact_one_is_taken(trai
                 run_ranks(1, train, here, 6)
 
 
+def test_changed_sources_are_refused_before_the_folder_changes(trained, tmp_path):
+    run, config, _ = trained
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    before = (copy / "config.yaml").read_bytes()
+    sources = {"generation": config.data.sources["generation"]}
+    for policy in ("strict", "allow_add_remove"):
+        data = config.data.model_copy(update={"sources": sources, "when_sources_change": policy})
+        here = config.model_copy(update={"run_dir": str(copy), "data": data})
+        if policy == "strict":
+            with pytest.raises(AssertionError, match="sources have changed since the checkpoint:\n  removed: understanding"):
+                run_ranks(1, train, here, 4)
+            assert (copy / "config.yaml").read_bytes() == before
+        else:
+            assert run_ranks(1, train, here, 5)[0]["first"] == 4
+            assert list(load_config(str(copy / "config.yaml")).data.sources) == ["generation"]
+
+
 def restored_alone(config):
     return run_ranks(1, restore_and_listen, config)[0]
 

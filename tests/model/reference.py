@@ -34,7 +34,7 @@ class Reference:
         self.backbone, self.pack, self.samples, self.plan, self.strength = backbone, pack, samples, plan, strength
         offsets = np.cumsum([0] + [sample.num_tokens for sample in samples])
         self.spans = [(s, offset, span) for s, offset in zip(samples, offsets) for span in s.spans]
-        self.prompts = [offset + place for s, offset in zip(samples, offsets) for place in s.prompt_places()]
+        self.prompts = [offset + place for s, offset in zip(samples, offsets) for place in s.prompt_places]
         self.gate_loss = 0.0
         self.active = []
 

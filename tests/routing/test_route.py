@@ -48,7 +48,7 @@ def test_only_image_tokens_and_prompts_leave_and_tokens_with_a_loss_come_back(po
         for span in sample.spans:
             rows = slice(offset + span.start, offset + span.start + span.length)
             may_leave[rows], is_drawn[rows] = True, span.has_loss
-        may_leave[offset + sample.prompt_places()] = True
+        may_leave[offset + sample.prompt_places] = True
         offset += sample.num_tokens
     may_leave[pack.rows_M[~torch.from_numpy(is_drawn)[pack.rows_M]].numpy()] = False
     for stage in pack.route.stages:
