@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from megavlm.analyze_cli import AnalyzeCommands
 from megavlm.data_cli import DataCommands
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.judge_cli import JudgeCommands
@@ -25,6 +26,7 @@ class Commands(RunCommands):
         self.data = DataCommands()
         self.judge = JudgeCommands()
         self.checkpoint = CheckpointCommands()
+        self.analyze = AnalyzeCommands()
 
     def train(self, recipe: str, **overrides):
         """Train a recipe, or go on with it if its run folder holds a checkpoint.

@@ -285,6 +285,10 @@ class MonitorConfig(Settings):
     """Steps between drawings that go to TensorBoard and `samples/`; none if not given."""
     sample_prompts: list[str] = []
     """What to draw then."""
+    attention_every_steps: Positive | None = None
+    """Steps between looks at where attention goes, by layer and task, in the step's own packs; none if not given."""
+    geometry_every_steps: Positive | None = None
+    """Steps between comparisons of the tasks' gradients, by block; none if not given. Such a step costs as much again for each task."""
 
 
 class EvaluationConfig(Settings):

@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     DRAWING = 7
     FORMAT = 8
     SYNTHETIC = 9
+    ANALYSIS = 10
 
 
 def stream(seed: int, purpose: Purpose, *coordinates: int) -> np.random.Generator:

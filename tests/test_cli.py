@@ -26,6 +26,11 @@ def test_digits_are_written_once(monkeypatch, digits_folder, tmp_path, capsys):
     assert "already holds shards" in capsys.readouterr().err
 
 
+def test_the_deepspeed_launchers_own_argument_is_no_command(monkeypatch, digits_folder, capsys):
+    megavlm(monkeypatch, "--local_rank=1", "data", "lint", digits_folder / "generation-test-00.tar")
+    assert "360 samples, 0 problems" in capsys.readouterr().out
+
+
 def test_lint_stats_and_preview(monkeypatch, digits_folder, tmp_path, capsys):
     broken = tmp_path / "broken.tar"
     broken.write_bytes((digits_folder / "generation-test-00.tar").read_bytes()[:50_000])

@@ -101,6 +101,16 @@ class Lane:
         return self
 
     def __next__(self) -> tuple[Pack, State]:
+        step = self.num_packs
+        pack = build_pack(self.next_samples(), self.costing, len(self.sources), self.number, step, self.seed)
+        return pack, self.state()
+
+    def next_samples(self) -> list[EncodedSample]:
+        """The samples of the next pack; the lane goes on behind it.
+
+        Raises:
+            StopIteration: When every source has come to its end.
+        """
         while len(self.waiting) < self.settings.look_ahead_samples and len(self._finished) < len(self.sources):
             self._draw()
         if not self.waiting:
@@ -114,12 +124,11 @@ class Lane:
             stream(self.seed, Purpose.PACKING, self.number, step),
         )
         samples = [self.waiting[i].sample for i in chosen]
-        pack = build_pack(samples, self.costing, len(self.sources), self.number, step, self.seed)
         taken = set(chosen)
         self.waiting = [waiting for i, waiting in enumerate(self.waiting) if i not in taken]
         self._costs = (self._costs[0], [costs for i, costs in enumerate(self._costs[1]) if i not in taken])
         self.num_packs += 1
-        return pack, self.state()
+        return samples
 
     def state(self) -> State:
         """Plain integers from which an equal lane goes on."""

@@ -25,6 +25,8 @@ class Pack:
     step: int
     keys: list[str]
     coordinates: list[Coordinates]
+    tasks: list[int]
+    """The samples' own tasks ``[S]``."""
     sequences: Sequences
     """Boundaries of the samples."""
     route: Route
@@ -174,6 +176,7 @@ def build_pack(
         step=step,
         keys=[sample.key for sample in samples],
         coordinates=[sample.coordinates for sample in samples],
+        tasks=[sample.task for sample in samples],
         sequences=Sequences.of(lengths),
         route=plan.route(layout, strength, rng),
         tokens_T=torch.from_numpy(tokens),

@@ -12,6 +12,7 @@ half-way has changed nothing: the checkpoint written then is that of the step be
 import gc
 import logging
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -20,9 +21,11 @@ from torch import distributed
 from torch.utils.tensorboard import SummaryWriter
 
 from megavlm import build
+from megavlm.analysis.during import Instruments
 from megavlm.config import RunConfig
 from megavlm.data.lane import COUNTS
 from megavlm.data.loader import Loader, lanes_of
+from megavlm.data.pack import Pack
 from megavlm.data.sample import TASKS
 from megavlm.data.sources import adapt_state, make_sources
 from megavlm.engine.agreement import Wishes
@@ -107,6 +110,9 @@ class Trainer:
             [*(weights.get(task, 1.0) for task in TASKS), config.loss.gate_weight], device=world.device
         )
         self.writer = SummaryWriter(self.folder.tensorboard, purge_step=self.step + 1) if world.is_main else None
+        self.instruments = Instruments(
+            config.monitor, self.engine, world, self.encoder.vocabulary, config.seed, self.writer
+        )
         self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job())
         self._reported: dict[str, float] = {}
 
@@ -133,6 +139,7 @@ class Trainer:
             self._handle_skipped(self.guard.settle(keep=0 if self.step == num_steps else 1))
             if self.step % config.monitor.log_every_steps == 0 or self.step == num_steps:
                 self._report(step, float(norm))
+            self.instruments.report(self.step)
             every = config.monitor.sample_every_steps
             if every and (self.step % every == 0 or self.step == num_steps):
                 self.watchdog.enter("draw")
@@ -162,7 +169,8 @@ class Trainer:
         packs, states = next(self.loader)
         data_wait_s = time.perf_counter() - begin
         self.watchdog.enter("wait for the ranks' data")
-        factor_G = self._loss_factors(packs)
+        totals = self._loss_totals(packs)
+        factor_G = self._loss_factors(totals)
         settings = config.optimizer
         lr = learning_rate(
             step, settings.num_steps, settings.learning_rate, settings.warmup_steps, settings.min_lr_ratio
@@ -170,15 +178,17 @@ class Trainer:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         self.learning_rate = lr
+        self.watchdog.enter("compare tasks")
+        self.instruments.compare_tasks(step, packs, factor_G, totals[: len(TASKS)], self._seed_modules)
         step_loss = torch.zeros((), device=self.world.device)
         losses, begin_cpu_s = [], time.thread_time()
         for number, pack in enumerate(packs):
             if self.wishes.agree(step_ends=False) > Wish.SAVE:
                 return None
-            # dropout and the like depend on the pack, not on which rank has it
-            torch.manual_seed(integer_seed(config.seed, Purpose.MODULES, pack.step, pack.lane))
+            self._seed_modules(pack)
             self.watchdog.enter("forward")
-            loss_sums_G = engine(pack.to(self.world.device))
+            with self.instruments.watch(step, pack) if number == 0 else nullcontext():
+                loss_sums_G = engine(pack.to(self.world.device))
             losses.append(loss_sums_G[:-1].detach())
             loss = (loss_sums_G * factor_G).sum()
             step_loss += loss.detach()
@@ -269,9 +279,16 @@ class Trainer:
         """From now to a complete checkpoint: one under way, one more, the micro-batch being run."""
         return 2 * self.checkpointer.expected_s + self.watchdog.slowest_step_s + self.config.engine.stop_margin_s
 
-    def _loss_factors(self, packs: list) -> torch.Tensor:
+    def _seed_modules(self, pack: Pack) -> None:
+        """Dropout and the like depend on the pack, not on which rank has it."""
+        torch.manual_seed(integer_seed(self.config.seed, Purpose.MODULES, pack.step, pack.lane))
+
+    def _loss_totals(self, packs: list[Pack]) -> torch.Tensor:
+        """Labelled tokens of each task, and image tokens, of the whole step on all ranks: float64 ``[len(TASKS) + 1]``."""
+        return self.world.sum(np.append(sum(p.task_labels for p in packs), sum(p.image_tokens.sum() for p in packs)))
+
+    def _loss_factors(self, totals: torch.Tensor) -> torch.Tensor:
         """What each of the sums that the backbone gives is multiplied by: float32 ``[num_groups + 1]``."""
-        totals = self.world.sum(np.append(sum(p.task_labels for p in packs), sum(p.image_tokens.sum() for p in packs)))
         # DeepSpeed averages gradients over ranks; the loss is normalised over all of them already
         factor = self.world.size * self.loss_weights / totals.clamp(min=1)
         per_group = factor[:-1].repeat(len(self.config.data.sources))

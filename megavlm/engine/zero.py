@@ -5,6 +5,7 @@ import json
 import deepspeed
 import torch
 from deepspeed.runtime.zero import stage3
+from deepspeed.utils import safe_get_local_grad
 
 from megavlm.config import RunConfig, find_resource
 from megavlm.engine.distributed import World
@@ -50,3 +51,14 @@ def forget_gradients(engine) -> None:
     again in steps where the parameter gets none, such as steps without the only task that uses it.
     """
     engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+
+def begin_anew(engine) -> None:
+    """The next backward pass is the first one of a step: it overwrites, and no gradient from before is left where it does not."""
+    engine.optimizer.zero_grad()
+    forget_gradients(engine)
+
+
+def local_gradients(engine) -> list[torch.Tensor]:
+    """Copies of this rank's partitions of the gradients so far, of each trained parameter, in float32."""
+    return [safe_get_local_grad(p).clone() for p in engine.module.parameters() if p.requires_grad]

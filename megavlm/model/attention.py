@@ -40,7 +40,7 @@ class Context:
     log_sizes_K: torch.Tensor | None = None
     """Added to the scores of each key: the logarithm of how many tokens it stands for."""
     observe: Callable | None = None
-    """Called with queries, keys and values ``[K, heads, d]``, rotary embedding included."""
+    """Called with queries, keys and values ``[K, heads, d]``, rotary embedding included, and the factor of the scores."""
 
 
 def packed_attention(
@@ -100,14 +100,14 @@ def _for_transformers(module, query, key, value, attention_mask, *, scaling, con
     if not isinstance(context, Context):  # decoding with a cache
         return context.attend(q_KHd, k_KHd, v_KHd, scaling)[None], None
     if context.observe is not None:
-        context.observe(q_KHd, k_KHd, v_KHd)
+        context.observe(q_KHd, k_KHd, v_KHd, scaling)
     sequences, guests, log_sizes_K = context.sequences, context.guests, context.log_sizes_K
     if guests is not None:
         # guests ask nothing: their queries are zeros, and what comes out for them is dropped
-        q_KHd = _placed(q_KHd, guests, None)
-        k_KHd, v_KHd = _placed(k_KHd, guests, guests.k_RHd), _placed(v_KHd, guests, guests.v_RHd)
+        q_KHd = placed(q_KHd, guests, None)
+        k_KHd, v_KHd = placed(k_KHd, guests, guests.k_RHd), placed(v_KHd, guests, guests.v_RHd)
         sequences = guests.sequences
-        log_sizes_K = None if log_sizes_K is None else _placed(log_sizes_K, guests, None)
+        log_sizes_K = None if log_sizes_K is None else placed(log_sizes_K, guests, None)
     if groups > 1:
         # torch 2.11's varlen_attn has no grouped queries
         k_KHd, v_KHd = (x.repeat_interleave(groups, dim=1) for x in (k_KHd, v_KHd))
@@ -117,7 +117,7 @@ def _for_transformers(module, query, key, value, attention_mask, *, scaling, con
     return out_KHd[None], None
 
 
-def _placed(x_KHd: torch.Tensor, guests: Guests, guest_RHd: torch.Tensor | None) -> torch.Tensor:
+def placed(x_KHd: torch.Tensor, guests: Guests, guest_RHd: torch.Tensor | None) -> torch.Tensor:
     """What belongs to the active tokens and to the guests, in the pack's order ``[U, …]``."""
     together = x_KHd.new_zeros(len(guests.place_K) + len(guests.place_R), *x_KHd.shape[1:])
     together = together.index_copy(0, guests.place_K, x_KHd)

@@ -87,6 +87,8 @@ class Backbone(nn.Module):
         self.num_groups = num_sources * len(TASKS)
         self.num_chunks = math.ceil(max_labels / chunk_rows)
         self.activation_checkpointing = activation_checkpointing
+        self.observe: Callable | None = None
+        """Sees every layer of every pack until it is taken away again; see `hidden_states`."""
         shape = ModelShape.of(causal_lm.config)
         self.reader = nn.Linear(feature_width, shape.width) if feature_width else None
         self.gates, self.injectors = nn.ModuleDict(), nn.ModuleDict()
@@ -104,7 +106,7 @@ class Backbone(nn.Module):
         """
         if not isinstance(work, Pack):
             return work(self)
-        h_TD, gate_loss = self.hidden_states(work)
+        h_TD, gate_loss = self.hidden_states(work, self.observe)
         h_MD = self.causal_lm.model.norm(h_TD.index_select(0, work.rows_M))
         sums_G = chunked_loss(
             self.causal_lm.lm_head, h_MD, work.targets_M, work.groups_M, self.num_groups, self.num_chunks
@@ -116,7 +118,8 @@ class Backbone(nn.Module):
 
         Args:
             pack: On the model's device.
-            observe: Called in every layer with its number, the rows that give keys, their keys and values, and the bias of each key.
+            observe: Called in every layer, and again where a layer is recomputed, with its number, the active rows, their queries, keys
+                and values, the factor of the scores, and the layer's `Context`.
         """
         model = self.causal_lm.model
         model.config._attn_implementation = attention.NAME
@@ -175,13 +178,13 @@ class Backbone(nn.Module):
 def _observer(router: Router | None, observe: Callable | None, layer: int, active, cos_K, sin_K, context: Context):
     """What a layer's attention calls: tells the router, or whoever observes the forward pass, or both."""
 
-    def call(q_KHd, k_KHd, v_KHd):
+    def call(q_KHd, k_KHd, v_KHd, scale):
         if router is not None:
             groups = q_KHd.shape[1] // k_KHd.shape[1]
             q, k = (_without_rotary(x.detach(), cos_K, sin_K) for x in (q_KHd, k_KHd))
             router.watch(active, q, k.repeat_interleave(groups, dim=1))
         if observe is not None:
-            observe(layer, active, k_KHd, v_KHd, context)
+            observe(layer, active, q_KHd, k_KHd, v_KHd, scale, context)
 
     return call
 

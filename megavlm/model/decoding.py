@@ -65,7 +65,7 @@ class Decoder:
     def _prefill(self, backbone: Backbone) -> torch.Tensor:
         sequence_T = torch.repeat_interleave(torch.arange(len(self.lengths_B), device=self.device), self.lengths_B)
 
-        def observe(layer, active, k_KHd, v_KHd, context):
+        def observe(layer, active, _q, k_KHd, v_KHd, _scale, context):
             cache = self.caches[layer] = LayerCache(len(self.lengths_B), self.capacity, k_KHd)
             rows_K = torch.arange(len(sequence_T), device=self.device) if active is None else active
             bias_K = context.log_sizes_K

@@ -1,0 +1,54 @@
+"""Task geometry over a run: the alignment of the tasks' gradients and the similarity of their states, at every checkpoint that exists."""
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from megavlm.analysis.gradients import alone, factors_of_tasks
+from megavlm.analysis.similarity import similarity_by_layer
+from megavlm.analysis.subject import Subject
+from megavlm.data.sample import TASKS
+from megavlm.engine.checkpoint import load_weights
+from megavlm.engine.manifest import complete_checkpoints, step_of
+
+log = logging.getLogger(__name__)
+
+
+def geometry_of_run(subject: Subject, num_images: int) -> list[dict[str, Any]]:
+    """One entry per complete checkpoint, oldest first: ``step``, ``gradients`` (pair of tasks → block → alignment) and ``cka`` per layer.
+
+    The same packs and images at all of them. Leaves the weights of the newest checkpoint in the subject's backbone.
+
+    Args:
+        subject: The run and its samples.
+        num_images: Drawn images to compare with their read versions; fewer if the samples have fewer.
+    """
+    packs = [pack.to(subject.device) for pack in subject.packs()]
+    labels_t = sum(pack.task_labels for pack in packs)
+    factors = factors_of_tasks(_factors(subject, labels_t), labels_t)
+    drawn = [s for group in subject.groups for s in group if any(span.has_loss for span in s.spans)][:num_images]
+    found = []
+    for path in complete_checkpoints(subject.folder.checkpoints):
+        load_weights(path, subject.backbone)
+        pairs = alone(subject.backbone, packs, factors)
+        cka = similarity_by_layer(subject.backbone, subject.encoder, drawn, subject.costing, subject.device) if drawn else None
+        gradients = {pair: {block: asdict(a) for block, a in blocks.items()} for pair, blocks in pairs.items()}
+        found.append({"step": step_of(path), "gradients": gradients, "cka": cka})
+        log.info("%s: %s", path.name, _in_short(found[-1]))
+    return found
+
+
+def _factors(subject: Subject, labels_t: np.ndarray) -> torch.Tensor:
+    """Of a step on these packs alone, with the gates' loss, which belongs to no task, left out."""
+    weights = subject.config.loss.task_weights
+    factor_t = np.array([weights.get(task, 1.0) for task in TASKS]) / np.maximum(labels_t, 1)
+    factor_G = np.append(np.tile(factor_t, len(subject.config.data.sources)), 0.0)
+    return torch.tensor(factor_G, dtype=torch.float32, device=subject.device)
+
+
+def _in_short(entry: dict[str, Any]) -> str:
+    parts = [f"{pair} cosine {blocks['all']['cosine']:+.3f}" for pair, blocks in entry["gradients"].items()]
+    return ", ".join(parts + ([f"CKA after the last layer {entry['cka'][-1]:.3f}"] if entry["cka"] else []))

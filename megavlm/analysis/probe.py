@@ -1,0 +1,164 @@
+"""How much the losses rise when image tokens are away from some layers: candidates for a route, measured without training on them.
+
+    late_drop   images that are read: all their tokens leave after l layers and never come back
+    away        images that are drawn: their tokens carry the loss, so they cannot leave for good. All of them skip layers l to L-2 and come
+                back for the last layer L-1, in which alone they attend again. What is predicted from them has then seen the image
+                in l+1 of L layers; the prompt's tokens travel through all of them
+    bypass      either kind: a share of every image's tokens, drawn by chance, goes through layers l to L-2, the others skip them
+
+Each candidate is tried alone, the other kind of image dense, on the samples that have such images; the others cannot change.
+The losses are the model's own cross-entropies per task. It has been trained without the candidate, so the rise is what leaving costs a
+model that never learnt to live with it: an order of the layers, not a forecast of training with the route.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megavlm.analysis.subject import build_packs
+from megavlm.costs import ModelShape
+from megavlm.data.encode import EncodedSample
+from megavlm.data.pack import Costing, Pack
+from megavlm.data.sample import TASKS
+from megavlm.model.backbone import Backbone
+from megavlm.routing.policies import Dense, LateDrop, LayerPlan, Policy, Tread
+from megavlm.routing.route import GENERATION, UNDERSTANDING, RoutingPlan, Schedule
+
+SPAN_KINDS = {"understanding": UNDERSTANDING, "generation": GENERATION}
+
+
+class Away(Policy):
+    """Every image token skips a block of layers: a bypass that keeps none, which no recipe can name."""
+
+    policy: str = "away"
+    first_layer: int
+    """First layer without image tokens."""
+
+    def layers(self, num_layers: int) -> list[LayerPlan]:
+        dense, none = LayerPlan(), LayerPlan(0.0)
+        return [dense if layer < self.first_layer or layer == num_layers - 1 else none for layer in range(num_layers)]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy for one kind of image, and what came of it."""
+
+    task: str
+    """Whose images: `understanding` are read, `generation` drawn."""
+    policy: Policy
+    layer: int
+    """The first layer that image tokens skip."""
+    rise_t: np.ndarray
+    """Of the mean loss of each task of `TASKS`, in nats per labelled token."""
+    weighted_rise: float
+    """Of the training's loss: the rises times the tasks' weights."""
+    saved_flops: float
+    """Forward FLOPs of the probe's packs that the policy saves."""
+
+    @property
+    def rise_per_saved_exaflop(self) -> float:
+        """Rise of the training's loss per 10^18 saved FLOPs; 0 where nothing is saved."""
+        return self.weighted_rise / self.saved_flops * 1e18 if self.saved_flops else 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The losses of packs, and what their forward pass costs."""
+
+    loss_sums_t: np.ndarray
+    labels_t: np.ndarray
+    flops: float
+    dense_flops: float
+
+    @property
+    def losses_t(self) -> np.ndarray:
+        """Mean cross-entropy per labelled token of each task, NaN without any."""
+        with np.errstate(invalid="ignore"):
+            return self.loss_sums_t / self.labels_t
+
+
+@torch.no_grad()
+def measure(backbone: Backbone, packs: Sequence[Pack], device) -> Measured:
+    """Run packs along their routes."""
+    sums_t, labels_t = np.zeros(len(TASKS)), np.zeros(len(TASKS))
+    for pack in packs:
+        sums = backbone(pack.to(device))[:-1].double().cpu().numpy()
+        sums_t += sums.reshape(-1, len(TASKS)).sum(0)
+        labels_t += pack.task_labels
+    flops, dense = (sum(float(x.sum()) for x in xs) for xs in ([p.flops for p in packs], [p.dense_flops for p in packs]))
+    return Measured(sums_t, labels_t, flops, dense)
+
+
+class Probe:
+    """Measures candidates on one model and one set of samples.
+
+    Args:
+        backbone: In this one process.
+        shape: Its sizes.
+        groups: The samples of each pack.
+        num_sources: Of the configuration that the backbone was made from.
+        task_weights: Of the training's loss.
+        device: Where the backbone is.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        shape: ModelShape,
+        groups: list[list[EncodedSample]],
+        num_sources: int,
+        task_weights: dict[str, float],
+        device: torch.device,
+    ):
+        self.backbone, self.shape, self.groups, self.num_sources = backbone, shape, groups, num_sources
+        self.weights_t = np.array([task_weights.get(task, 1.0) for task in TASKS])
+        self.device = device
+        self.dense = measure(backbone, self.packs(groups, Dense(), Dense()), device)
+        self._affected = {
+            task: [kept for group in groups if (kept := [s for s in group if any(span.task == kind for span in s.spans)])]
+            for task, kind in SPAN_KINDS.items()
+        }
+        self._before = {
+            task: measure(backbone, self.packs(affected, Dense(), Dense()), device) for task, affected in self._affected.items()
+        }
+
+    def packs(self, groups: list[list[EncodedSample]], understanding: Policy, generation: Policy) -> list[Pack]:
+        """Samples along a route."""
+        plan = RoutingPlan(understanding, generation, self.shape.num_layers, Schedule(1, 0.0, 0.0))
+        return build_packs(groups, Costing(plan, self.shape), self.num_sources)
+
+    def try_out(self, task: str, policy: Policy, layer: int) -> Candidate:
+        """Measure one policy for one kind of image."""
+        policies = (policy, Dense()) if task == "understanding" else (Dense(), policy)
+        before = self._before[task]
+        after = measure(self.backbone, self.packs(self._affected[task], *policies), self.device)
+        rise_t = (after.loss_sums_t - before.loss_sums_t) / np.maximum(self.dense.labels_t, 1)
+        return Candidate(task, policy, layer, rise_t, float(self.weights_t @ rise_t), before.flops - after.flops)
+
+    def flops_share(self, understanding: Policy, generation: Policy) -> float:
+        """Forward FLOPs that a route leaves of the samples' dense ones; nothing is run."""
+        packs = self.packs(self.groups, understanding, generation)
+        return sum(pack.flops.sum() for pack in packs) / self.dense.dense_flops
+
+    def curves(self, tell: Callable = lambda work: work) -> list[Candidate]:
+        """`late_drop` and `away` at every layer.
+
+        Args:
+            tell: Wraps the list of what is to be done, to show progress.
+        """
+        num_layers = self.shape.num_layers
+        todo = [("understanding", LateDrop(after_layer=layer), layer) for layer in range(1, num_layers)]
+        todo += [("generation", Away(first_layer=layer), layer) for layer in range(1, num_layers - 1)]
+        return [self.try_out(*one) for one in tell(todo) if self._affected[one[0]]]
+
+    def bypasses(self, keep_ratios: Sequence[float], tell: Callable = lambda work: work) -> list[Candidate]:
+        """A bypass from every layer to the last but one, at every share, for both kinds of images."""
+        todo = [
+            (task, Tread(keep_ratio=ratio, first_layer=layer, end_layer=-1), layer)
+            for task in SPAN_KINDS
+            for ratio in keep_ratios
+            for layer in range(1, self.shape.num_layers - 1)
+        ]
+        return [self.try_out(*one) for one in tell(todo) if self._affected[one[0]]]

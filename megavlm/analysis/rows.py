@@ -1,0 +1,122 @@
+"""Which rows of a pack's stages are looked at, and what every key is.
+
+All of it is known to the host before the device sees the pack: content decides *which* tokens of a span are active, but not how many, and
+rows stay in order, so the kind of every active row follows from lengths alone (P4).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megavlm.data.pack import Pack
+from megavlm.data.sample import TASKS
+from megavlm.routing.route import Route, Stage
+from megavlm.vocabulary import Vocabulary
+
+KINDS = ("text", "image", "special", "sink")
+"""What a key is. The sink is the first token of its sequence, whatever that is (arXiv 2309.17453)."""
+TEXT, IMAGE, SPECIAL, SINK = range(len(KINDS))
+QUERIES = ("text", "image")
+"""What a query is, by its number in `KINDS`; special tokens and the sink are not asked."""
+NUM_CELLS = len(TASKS) * len(QUERIES)
+"""Cells are (task of the sample, kind of query): ``task * len(QUERIES) + kind``."""
+
+
+def token_kinds(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """The kind of each token id, sinks left out."""
+    return np.where(tokens < vocabulary.num_text, TEXT, np.where(tokens >= vocabulary.first_code, IMAGE, SPECIAL))
+
+
+@dataclass
+class SequenceRows:
+    """The rows looked at in one sequence of a stage; places count the U rows that give keys, from the pack's beginning."""
+
+    first: int
+    """Place of the sequence's first key."""
+    end: int
+    """Place behind the last key that a row looked at can see."""
+    queries_Q: torch.Tensor
+    """Where the rows stand among the active ones."""
+    places_Q: torch.Tensor
+    """Where their own keys stand, from ``first``."""
+    cells_Q: torch.Tensor
+
+
+@dataclass
+class StageRows:
+    """The rows looked at in the layers of one stage."""
+
+    layers: range
+    kinds_U: torch.Tensor
+    """Kind of every key, those of injected tokens included."""
+    sequences: list[SequenceRows]
+    counts_C2: np.ndarray
+    """Per cell how many rows are looked at, and how many of them can see an image token."""
+
+    def to(self, device: torch.device) -> "StageRows":
+        sequences = [
+            SequenceRows(s.first, s.end, *(x.to(device, non_blocking=True) for x in (s.queries_Q, s.places_Q, s.cells_Q)))
+            for s in self.sequences
+        ]
+        return StageRows(self.layers, self.kinds_U.to(device, non_blocking=True), sequences, self.counts_C2)
+
+
+def sample_rows(
+    pack: Pack, vocabulary: Vocabulary, num_rows: int, num_sequences: int, rng: np.random.Generator
+) -> list[StageRows]:
+    """Draw the rows to look at, for every stage of a pack.
+
+    Args:
+        pack: On the host.
+        vocabulary: Tells text from images by their ids.
+        num_rows: Most rows of one kind in one sequence.
+        num_sequences: Most sequences of one task.
+        rng: Decides which.
+    """
+    kinds_T = token_kinds(pack.tokens_T.numpy(), vocabulary)
+    ends = np.cumsum(pack.sequences.lengths)
+    kinds_T[ends - pack.sequences.lengths] = SINK
+    tasks = np.array(pack.tasks)
+    chosen = np.concatenate([rng.permutation(np.flatnonzero(tasks == t))[:num_sequences] for t in range(len(TASKS))])
+    return [_of_stage(stage, pack, kinds_T, ends, np.sort(chosen), num_rows, rng) for stage in pack.route.stages]
+
+
+def _of_stage(stage: Stage, pack: Pack, kinds_T, ends, chosen, num_rows: int, rng) -> StageRows:
+    is_active = active_rows(stage, pack.route, pack.num_tokens)
+    gives_keys = is_active.copy()
+    for injection in stage.injections:
+        gives_keys[injection.rows_R.numpy()] = True
+    rows_U = np.flatnonzero(gives_keys)
+    kinds_U, asks_U = kinds_T[rows_U], is_active[rows_U]
+    number_U = np.cumsum(asks_U) - 1  # among the active ones
+    bounds = np.searchsorted(rows_U, np.append(0, ends))
+    sequences, counts_C2 = [], np.zeros((NUM_CELLS, 2))
+    for s in chosen:
+        first, end = bounds[s], bounds[s + 1]
+        picked = [
+            rng.permutation(first + np.flatnonzero(asks_U[first:end] & (kinds_U[first:end] == kind)))[:num_rows]
+            for kind in range(len(QUERIES))
+        ]
+        places, cells = np.concatenate(picked), pack.tasks[s] * len(QUERIES) + np.repeat([0, 1], [len(p) for p in picked])
+        if not len(places):
+            continue
+        sees_image = np.cumsum(kinds_U[first:end] == IMAGE)[places - first] > 0
+        counts_C2 += np.stack([np.bincount(c, minlength=NUM_CELLS) for c in (cells, cells[sees_image])], axis=1)
+        tensors = [torch.from_numpy(x.astype(np.int64)) for x in (number_U[places], places - first, cells)]
+        sequences.append(SequenceRows(int(first), int(places.max()) + 1, *tensors))
+    layers = range(stage.first_layer, stage.end_layer)
+    return StageRows(layers, torch.from_numpy(kinds_U.astype(np.int64)), sequences, counts_C2)
+
+
+def active_rows(stage: Stage, route: Route, num_rows: int) -> np.ndarray:
+    """A mask of the rows active in a stage ``[num_rows]``; where the device chooses, the first ones of a span stand for the chosen."""
+    is_active = np.ones(num_rows, bool) if stage.active_K is None else np.zeros(num_rows, bool)
+    if stage.active_K is not None:
+        is_active[stage.active_K.numpy()] = True
+    for choice in stage.choices:
+        among = route.candidates[choice.task]
+        starts = np.cumsum([0, *among.lengths])
+        for start, kept in zip(starts, choice.kept):
+            is_active[among.rows_C[start : start + kept].numpy()] = True
+    return is_active

@@ -1,0 +1,92 @@
+"""Do the two tasks see an image alike? Linear CKA (Kornblith et al., ICML 2019) between the states of the same image's tokens, once as an
+image that is read and once as one that is drawn, layer by layer.
+
+Pairing: an image of a generation sample, with its prompt before it, is the drawn one. The read one is the same codes at the beginning of
+a sequence, ``<bos> <boi> codes``: attention is causal, so whatever question follows changes nothing there. States are compared at the
+same code positions. The mean over images at each position is taken out first: both tasks know where in the image a token stands, and
+that alone would look like similarity. Every token is active in every layer.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megavlm.data.encode import EncodedSample, Encoder, Span
+from megavlm.data.pack import Costing, build_pack
+from megavlm.data.sample import Coordinates, Sample, Segment
+from megavlm.model.backbone import Backbone
+
+MAX_POSITIONS = 64
+"""Of an image's codes, evenly spread."""
+
+
+def linear_cka(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
+    """Linear centred kernel alignment of N paired states, 0 to 1: ``|YᵀX|² / (|XᵀX| |YᵀY|)`` with Frobenius norms.
+
+    Does not change under rotation and scaling of either side. For independent states it is about D/N, not 0.
+
+    Args:
+        x_ND: States.
+        y_ND: Their partners; the width may differ.
+    """
+    x, y = (z.astype(np.float64) - z.mean(0, dtype=np.float64) for z in (x_ND, y_ND))
+    if len(x) < max(x.shape[1], y.shape[1]):  # the same numbers from the smaller matrices
+        kernel_x, kernel_y = x @ x.T, y @ y.T
+        return float((kernel_x * kernel_y).sum() / (np.linalg.norm(kernel_x) * np.linalg.norm(kernel_y)))
+    return float(np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
+
+
+def similarity_by_layer(
+    backbone: Backbone, encoder: Encoder, drawn: Sequence[EncodedSample], costing: Costing, device
+) -> list[float]:
+    """CKA after the embedding (1 by construction) and after each layer ``[num_layers + 1]``.
+
+    Args:
+        backbone: In this one process.
+        encoder: Of its vocabulary.
+        drawn: Generation samples; the first drawn image of each counts, and all of them must have the same grid.
+        costing: Of any routing plan.
+        device: Where the backbone is.
+    """
+    spans = [next(span for span in sample.spans if span.has_loss) for sample in drawn]
+    read = [_as_read(sample, span, encoder) for sample, span in zip(drawn, spans)]
+    of_drawn = image_states(backbone, drawn, spans, costing, device)
+    of_read = image_states(backbone, read, [sample.spans[0] for sample in read], costing, device)
+    return [linear_cka(_without_position(x), _without_position(y)) for x, y in zip(of_drawn, of_read)]
+
+
+@torch.no_grad()
+def image_states(backbone: Backbone, samples: Sequence[EncodedSample], spans: Sequence[Span], costing: Costing, device):
+    """The residual stream at the codes of one span per sample, after the embedding and each layer: float32 ``[N, P, D]`` each."""
+    model, caught = backbone.causal_lm.model, []
+
+    def catch(_module, _inputs, output):
+        h_TD = output if output.ndim == 2 else output[0]
+        caught.append(h_TD.index_select(0, rows).float().cpu().numpy())
+
+    hooks = [module.register_forward_hook(catch) for module in (model.embed_tokens, *model.layers)]
+    parts = []
+    try:
+        for sample, span in zip(samples, spans):
+            pack = build_pack([sample], costing, num_sources=1, lane=0, step=0, seed=0).with_dense_route().to(device)
+            places = np.linspace(0, span.length - 1, min(span.length, MAX_POSITIONS)).round().astype(np.int64)
+            rows = torch.from_numpy(span.start + places).to(device)
+            caught = []
+            backbone.hidden_states(pack)
+            parts.append(caught)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [np.stack(states) for states in zip(*parts)]
+
+
+def _as_read(sample: EncodedSample, span: Span, encoder: Encoder) -> EncodedSample:
+    codes = encoder.vocabulary.decode_codes(sample.tokens[span.start : span.start + span.length])
+    segments = (Segment(image="image"), Segment(text="", loss=True))
+    images = {"image": codes.reshape(span.height, span.width)}
+    return encoder(Sample(sample.key, "understanding", segments, images, Coordinates(0, 0, 0, 0)))
+
+
+def _without_position(states_NPD: np.ndarray) -> np.ndarray:
+    return (states_NPD - states_NPD.mean(0)).reshape(-1, states_NPD.shape[2])
