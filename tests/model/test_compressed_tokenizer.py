@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megavlm import build
+from megavlm.analysis.similarity import _as_read
 from megavlm.benchmarks import digits
 from megavlm.data.encode import Encoder, GridOnly
 from megavlm.data.pack import build_pack
@@ -141,6 +142,13 @@ def test_the_mixture_knows_the_compressed_length(config):
     assert {layout.spans[0][0] for source in mixture.values() for _, layout in source.layouts} == {21}
     vocabulary, tokenizer = build.build_vocabulary(config()), build.build_image_tokenizer(config())
     assert Encoder(vocabulary, GridOnly(tokenizer))(sample()).spans[0].length == 21, "of dense codes too"
+
+
+def test_an_image_that_is_drawn_can_be_laid_out_as_one_that_is_read(config):
+    encoder = build.build_encoder(config("discrete"), 0.0)
+    drawn = encoder(sample("generation"))
+    read, expected = _as_read(drawn, drawn.spans[0], encoder), encoder(sample())
+    assert read.spans == expected.spans and (read.tokens[:-1] == expected.tokens[: read.num_tokens - 1]).all()
 
 
 def test_a_run_with_features_trains_on_two_ranks(config):
