@@ -11,6 +11,7 @@ metrics.json. Writes OUT.json and OUT.png.
 
 import json
 import statistics
+import textwrap
 import time
 from collections import Counter
 from functools import partial
@@ -198,8 +199,6 @@ def _show(result: dict) -> None:
 
 
 def _plot(result: dict, images_NHWC: np.ndarray, restored: dict, prompts: list[str], drawn: dict, path: Path) -> None:
-    import textwrap
-
     import matplotlib
 
     matplotlib.use("Agg")

@@ -85,9 +85,10 @@ def _as_read(sample: EncodedSample, span: Span, encoder: Encoder) -> EncodedSamp
     """``<bos> <boi> codes <eoi> <eos>``. From the tokens: a compressed tokenizer's codes cannot be encoded again."""
     vocabulary = encoder.vocabulary
     tokens = np.array([vocabulary.bos, *sample.tokens[span.start - 1 : span.start + span.length + 1], vocabulary.eos])
-    tasks = np.where(np.arange(len(tokens)) == 0, TEXT, UNDERSTANDING)
+    places = np.arange(len(tokens))
+    tasks, has_loss = np.where(places == 0, TEXT, UNDERSTANDING), places == len(tokens) - 1
     spans = (Span(2, span.height, span.width, False),)
-    return EncodedSample(sample.key, Coordinates(0, 0, 0, 0), tokens, np.arange(len(tokens)) == len(tokens) - 1, tasks, spans, UNDERSTANDING)
+    return EncodedSample(sample.key, Coordinates(0, 0, 0, 0), tokens, has_loss, tasks, spans, UNDERSTANDING)
 
 
 def _without_position(states_NPD: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ A plug-in is a folder: ``plug_in.json`` (sizes), ``plug_in.safetensors``; `megav
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -122,7 +122,9 @@ def test_entries_begin_anew_on_features():
     assert (nearest < 0.1).all()
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"width": 6, "factor": 4}, "do not fill"), ({"num_heads": 3}, "no multiple"), ({"factor": 3}, "2 or 4")])
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"width": 6, "factor": 4}, "do not fill"), ({"num_heads": 3}, "no multiple"), ({"factor": 3}, "2 or 4")]
+)
 def test_sizes_that_do_not_fit(changes, message):
     with pytest.raises(ValidationError, match=message):
         settings(**changes)

@@ -43,7 +43,8 @@ def test_exact_match_is_the_usual_answer_or_any_of_different_ones():
 def test_vqa_figures_by_group():
     score = VqaScore()
     ten = ["red"] * 3 + ["blue"] * 7
-    items = [Item(str(n), "?", truth, "a", group) for n, (truth, group) in enumerate([(ten, "color")] * 2 + [(["4"], "number"), (["x"], "")])]
+    truths = [(ten, "color")] * 2 + [(["4"], "number"), (["x"], "")]
+    items = [Item(str(n), "?", truth, "a", group) for n, (truth, group) in enumerate(truths)]
     verdicts = score.add(items, ["red", "blue", "four", "y"])
     assert verdicts[0] == {"answer": "red", "exact_match": False, "vqa_score": pytest.approx(0.9)}
     result = score.result()
