@@ -40,6 +40,8 @@ class StudyTask(Settings):
     """The sources of the recipe that an arm with this task alone trains on."""
     metrics: Annotated[list[Metric], Field(min_length=1)]
     """How it is judged; the first one is the quality that the report's figure and statement speak of."""
+    alone: dict[str, Any] = {}
+    """Dotted path → value, for arms with this task alone: mostly to leave out the judging of the other task."""
 
 
 class StudyConfig(Settings):
@@ -119,7 +121,8 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
 
 def _configure(study: StudyConfig, policy: dict[str, Any], data: str, seed: int) -> RunConfig:
     base = study.overrides | {"seed": seed, "run_dir": study.study_dir}
-    joint = load_config(study.recipe, base | policy)
+    alone = {} if data == JOINT else study.tasks[data].alone
+    joint = load_config(study.recipe, base | policy | alone)
     if data == JOINT:
         return joint
     wanted = study.tasks[data].sources

@@ -12,7 +12,7 @@ from megavlm.errors import ConfigError, DataError
 @pytest.fixture
 def shard(tmp_path):
     path = tmp_path / "a.tar"
-    with webdataset.TarWriter(str(path), encoder=False) as writer:
+    with webdataset.TarWriter(str(path), encoder=False, mtime=0) as writer:
         for i in range(3):
             writer.write({"__key__": f"{i:03d}", "json": b"{}", "img0.npy": bytes(700)})
     return path
