@@ -21,7 +21,7 @@ for factor in 2 4; do
     [ -e $DATA/plug_in_$factor/metrics.json ] || {
         rm -rf $DATA/plug_in_$factor
         megavlm data compressor compress "$DATA/codes/images-train-{0000..0007}.tar" $DATA/plug_in_$factor --factor=$factor \
-            --hidden_width=96 --num_layers=2 --batch_images=32 --steps=1000
+            --hidden_width=96 --num_layers=2 --batch_images=32 --steps=1000 --learning_rate=4e-3
     }
 done
 
