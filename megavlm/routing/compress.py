@@ -21,6 +21,8 @@ from torch.nn import functional
 from megavlm.settings import Settings
 
 Positive = Annotated[int, Field(gt=0)]
+PLACE_STD = 0.5
+"""Standard deviation that embeddings of places begin with: as large as what is embedded, or attention learns late what is where."""
 COMMITMENT = 0.25
 """Weight of the pull on features towards their entries, relative to that on entries (arXiv 1711.00937)."""
 
@@ -94,7 +96,7 @@ class Compressor(nn.Module):
         if codebook_VD is not None:
             self.embedding.weight.data.copy_(codebook_VD)
         self.into = nn.Linear(settings.embedding_width, hidden)
-        self.place_LW = nn.Parameter(0.02 * torch.randn(settings.num_dense, hidden))
+        self.place_LW = nn.Parameter(PLACE_STD * torch.randn(settings.num_dense, hidden))
         self.query_GW = nn.Parameter(torch.randn(settings.num_global, hidden))
         self.norm = nn.LayerNorm(hidden)
         self.attention = nn.MultiheadAttention(hidden, settings.num_heads, batch_first=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megavlm.routing.compress import Compressor, PlugInSettings, Quantizer
+from megavlm.routing.compress import PLACE_STD, Compressor, PlugInSettings, Quantizer, pool
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 """``[N, heads, places, d]`` each."""
@@ -73,8 +73,11 @@ class Decompressor(nn.Module):
         width, depth = settings.hidden_width, settings.embedding_width
         self.into, self.memory_into = nn.Linear(depth, width), nn.Linear(depth, width)
         self.start_D = nn.Parameter(torch.zeros(depth))
-        self.place_LW = nn.Parameter(0.02 * torch.randn(settings.num_dense, width))
-        self.memory_place_PW = nn.Parameter(0.02 * torch.randn(settings.num_tokens, width))
+        self.place_LW = nn.Parameter(PLACE_STD * torch.randn(settings.num_dense, width))
+        # a compressed token begins at the places of its block: codes find their tokens in fewer steps
+        place_1hwW = self.place_LW.detach().view(1, settings.height, settings.width, width)
+        globals_GW = PLACE_STD * torch.randn(settings.num_global, width)
+        self.memory_place_PW = nn.Parameter(torch.cat([globals_GW, settings.factor * pool(place_1hwW, settings.factor)[0]]))
         self.layers = nn.ModuleList(Layer(width, settings.num_heads) for _ in range(settings.num_layers))
         self.norm, self.memory_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.to_embedding, self.to_code = nn.Linear(width, depth), nn.Linear(width, settings.num_dense_codes)
