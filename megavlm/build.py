@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megavlm.data.simulate import Situation
 from megavlm.data.sources import State, make_sources
 from megavlm.data.urls import Opener
 from megavlm.model.backbone import Backbone, make_causal_lm
+from megavlm.model.compressed_tokenizer import CompressedTokenizer, read_settings
 from megavlm.model.image_tokenizer import ImageTokenizer, PixelTokenizer
 from megavlm.model.vq_tokenizer import VQTokenizer
 from megavlm.routing.policies import Dense
@@ -26,22 +28,35 @@ from megavlm.vocabulary import Vocabulary
 
 def build_image_tokenizer(config: RunConfig, device: str | torch.device = "cpu") -> ImageTokenizer:
     """The image tokenizer; its weights, if it has any, are read when they are needed."""
-    settings = config.vocabulary.image_tokenizer
+    return _image_tokenizer(config.vocabulary.image_tokenizer, device)
+
+
+def _image_tokenizer(settings, device: str | torch.device) -> ImageTokenizer:
     if settings.kind == "pixel":
         return PixelTokenizer(settings.levels, settings.height, settings.width)
+    if settings.kind == "compressed":
+        around = _image_tokenizer(settings.around, device)
+        return CompressedTokenizer(settings.path, around, device, settings.fingerprint)
     return VQTokenizer(settings.path, settings.height, settings.width, device, settings.fingerprint)
 
 
 def with_fingerprint(config: RunConfig) -> RunConfig:
-    """The configuration with the fingerprint of its VQ model; reads the weights."""
+    """The configuration with the fingerprint of its image tokenizer's weights, where it has any; reads them."""
     settings = config.vocabulary.image_tokenizer
     if settings.kind == "pixel":
         return config
-    fingerprint = VQTokenizer(settings.path, settings.height, settings.width).fingerprint
+    fingerprint = build_image_tokenizer(config).fingerprint
     vocabulary = config.vocabulary.model_copy(
         update={"image_tokenizer": settings.model_copy(update={"fingerprint": fingerprint})}
     )
     return config.model_copy(update={"vocabulary": vocabulary})
+
+
+def feature_width(config: RunConfig) -> int:
+    """Numbers per token of what the model reads of images; 0 if it reads codes."""
+    settings = config.vocabulary.image_tokenizer
+    is_continuous = settings.kind == "compressed" and settings.understanding == "continuous"
+    return read_settings(Path(settings.path)).embedding_width if is_continuous else 0
 
 
 def build_vocabulary(config: RunConfig) -> Vocabulary:
@@ -49,7 +64,8 @@ def build_vocabulary(config: RunConfig) -> Vocabulary:
 
 
 def build_encoder(config: RunConfig, unconditional_ratio: float, device: str | torch.device = "cpu") -> Encoder:
-    return Encoder(build_vocabulary(config), build_image_tokenizer(config, device), unconditional_ratio, config.seed)
+    tokenizer = build_image_tokenizer(config, device)
+    return Encoder(build_vocabulary(config), tokenizer, unconditional_ratio, config.seed, bool(feature_width(config)))
 
 
 def build_causal_lm(config: RunConfig, vocabulary: Vocabulary):
@@ -65,6 +81,7 @@ def build_backbone(config: RunConfig, causal_lm) -> Backbone:
         max_labels=config.data.pack_tokens,
         chunk_rows=config.loss.chunk_rows,
         activation_checkpointing=config.model.activation_checkpointing,
+        feature_width=feature_width(config),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from megavlm.analyze_cli import AnalyzeCommands
 from megavlm.data_cli import DataCommands
 from megavlm.errors import ConfigError, MegavlmError
+from megavlm.judge_cli import JudgeCommands
 from megavlm.run_commands import CheckpointCommands, RunCommands
 
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
@@ -23,6 +24,7 @@ class Commands(RunCommands):
 
     def __init__(self):
         self.data = DataCommands()
+        self.judge = JudgeCommands()
         self.checkpoint = CheckpointCommands()
         self.analyze = AnalyzeCommands()
 

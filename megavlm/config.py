@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
+from types import ModuleType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -60,12 +60,29 @@ class VQTokenizerConfig(Settings):
     """Filled in at the start of a run: the SHA-256 of the VQ model. A run does not go on with another one."""
 
 
+class CompressedTokenizerConfig(Settings):
+    """A UniCompress plug-in around another tokenizer (`megavlm.model.compressed_tokenizer`)."""
+
+    kind: Literal["compressed"]
+    """Which tokenizer."""
+    path: str
+    """Folder written by `megavlm data compressor`. It is not copied into the run folder."""
+    around: Annotated[PixelTokenizerConfig | VQTokenizerConfig, Field(discriminator="kind")]
+    """The tokenizer that the plug-in was trained around."""
+    understanding: Literal["continuous", "discrete"] = "continuous"
+    """What the model reads of an image: the tokens as features, through a projection of its own; or their codes, as it draws them."""
+    fingerprint: str | None = None
+    """Filled in at the start of a run: of the plug-in and the tokenizer inside. A run does not go on with others."""
+
+
 class VocabularyConfig(Settings):
     """What ids mean: text pieces, special tokens, image codes."""
 
     text_model: str
     """Path of a SentencePiece model, or of a Hugging Face folder with `tokenizer.json`; a copy is kept in the run folder."""
-    image_tokenizer: Annotated[PixelTokenizerConfig | VQTokenizerConfig, Field(discriminator="kind")] = PixelTokenizerConfig()
+    image_tokenizer: Annotated[
+        PixelTokenizerConfig | VQTokenizerConfig | CompressedTokenizerConfig, Field(discriminator="kind")
+    ] = PixelTokenizerConfig()
     """How images become codes."""
 
 
@@ -372,11 +389,10 @@ def _import_modules(tree: dict, recipe: Path) -> None:
         RunConfig.model_rebuild(force=True)
 
 
-def import_user_module(name: str) -> None:
+def import_user_module(name: str) -> ModuleType:
     """Import a module by its name, or a file by its path; a second time is no harm."""
     if not name.endswith(".py"):
-        importlib.import_module(name)
-        return
+        return importlib.import_module(name)
     path = Path(name).resolve()
     key = "megavlm_user_" + re.sub(r"\W", "_", str(path))
     if key not in sys.modules:
@@ -384,6 +400,7 @@ def import_user_module(name: str) -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[key] = module
+    return sys.modules[key]
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -3,13 +3,14 @@
 import os
 from pathlib import Path
 
+from megavlm.compressor_cli import CompressorCommands
 from megavlm.errors import ConfigError
 from megavlm.tokenizer_cli import TokenizerCommands, as_shards, source_of
 
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
 
 
-class DataCommands(TokenizerCommands):
+class DataCommands(TokenizerCommands, CompressorCommands):
     """Write data, look at it, and try how it packs."""
 
     def digits(self, out: str):

@@ -30,11 +30,13 @@ def geometry_of_run(subject: Subject, num_images: int) -> list[dict[str, Any]]:
     labels_t = sum(pack.task_labels for pack in packs)
     factors = factors_of_tasks(_factors(subject, labels_t), labels_t)
     drawn = [s for group in subject.groups for s in group if any(span.has_loss for span in s.spans)][:num_images]
+    # images that are read as features have no codes to compare with those that are drawn
+    comparable = drawn and not subject.encoder.reads_features
     found = []
     for path in complete_checkpoints(subject.folder.checkpoints):
         load_weights(path, subject.backbone)
         pairs = alone(subject.backbone, packs, factors)
-        cka = similarity_by_layer(subject.backbone, subject.encoder, drawn, subject.costing, subject.device) if drawn else None
+        cka = similarity_by_layer(subject.backbone, subject.encoder, drawn, subject.costing, subject.device) if comparable else None
         gradients = {pair: {block: asdict(a) for block, a in blocks.items()} for pair, blocks in pairs.items()}
         found.append({"step": step_of(path), "gradients": gradients, "cka": cka})
         log.info("%s: %s", path.name, _in_short(found[-1]))

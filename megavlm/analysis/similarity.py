@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megavlm.data.encode import EncodedSample, Encoder, Span
+from megavlm.data.encode import TEXT, UNDERSTANDING, EncodedSample, Encoder, Span
 from megavlm.data.pack import Costing, build_pack
-from megavlm.data.sample import Coordinates, Sample, Segment
+from megavlm.data.sample import Coordinates
 from megavlm.model.backbone import Backbone
 
 MAX_POSITIONS = 64
@@ -82,10 +82,13 @@ def image_states(backbone: Backbone, samples: Sequence[EncodedSample], spans: Se
 
 
 def _as_read(sample: EncodedSample, span: Span, encoder: Encoder) -> EncodedSample:
-    codes = encoder.vocabulary.decode_codes(sample.tokens[span.start : span.start + span.length])
-    segments = (Segment(image="image"), Segment(text="", loss=True))
-    images = {"image": codes.reshape(span.height, span.width)}
-    return encoder(Sample(sample.key, "understanding", segments, images, Coordinates(0, 0, 0, 0)))
+    """``<bos> <boi> codes <eoi> <eos>``. From the tokens: a compressed tokenizer's codes cannot be encoded again."""
+    vocabulary = encoder.vocabulary
+    tokens = np.array([vocabulary.bos, *sample.tokens[span.start - 1 : span.start + span.length + 1], vocabulary.eos])
+    places = np.arange(len(tokens))
+    tasks, has_loss = np.where(places == 0, TEXT, UNDERSTANDING), places == len(tokens) - 1
+    spans = (Span(2, span.height, span.width, False),)
+    return EncodedSample(sample.key, Coordinates(0, 0, 0, 0), tokens, has_loss, tasks, spans, UNDERSTANDING)
 
 
 def _without_position(states_NPD: np.ndarray) -> np.ndarray:

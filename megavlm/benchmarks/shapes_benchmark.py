@@ -12,6 +12,7 @@ from megavlm.benchmarks.shapes import Prompt, render, satisfies, scene
 from megavlm.data.sample import Sample
 from megavlm.errors import ConfigError
 from megavlm.frechet import frechet_distance, mean_and_covariance
+from megavlm.model.compressed_tokenizer import codes_of
 from megavlm.model.image_tokenizer import ImageTokenizer
 
 NUM_REAL = 1000
@@ -39,8 +40,7 @@ class ShapesBenchmark:
 
     def judge(self, drawn: np.ndarray) -> dict:
         images = [next(iter(sample.images.values())) for sample in self._samples]
-        codes = np.stack([self._tokenizer.encode([image])[0] if image.dtype == np.uint8 else image for image in images])
-        restored = self._tokenizer.decode(codes)
+        restored = self._tokenizer.decode(np.stack([codes_of(image, self._tokenizer) for image in images]))
         asked = [_prompt(sample) for sample in self._samples]
         splits = np.array([sample.meta["split"] for sample in self._samples])
         real = {str(split): [_real(split, drawn.shape[1], first) for first in (0, NUM_REAL)] for split in np.unique(splits)}

@@ -7,13 +7,14 @@ Worked example, generation (loss on the tokens marked ``*``, each predicted from
 ``<eos>`` has a loss where the last segment has one.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from megavlm.data.sample import TASKS, Coordinates, Sample
 from megavlm.errors import DataError
+from megavlm.model.compressed_tokenizer import CompressedTokenizer, Features
 from megavlm.model.image_tokenizer import ImageTokenizer
 from megavlm.randomness import Purpose, stream
 from megavlm.vocabulary import Vocabulary
@@ -29,6 +30,8 @@ class Span:
     height: int
     width: int
     has_loss: bool
+    features: Features | None = field(default=None, compare=False)
+    """What the model reads instead of the embeddings of codes, if anything."""
 
     @property
     def length(self) -> int:
@@ -91,13 +94,19 @@ class Encoder:
         image_tokenizer: Turns images into codes.
         unconditional_ratio: Share of generation samples whose text without a loss becomes ``<unconditional>``.
         seed: Of that choice, which depends on the sample's coordinates only.
+        reads_features: Images that are read get a compressed tokenizer's continuous features.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, image_tokenizer: ImageTokenizer, unconditional_ratio: float = 0.0, seed: int = 0
+        self,
+        vocabulary: Vocabulary,
+        image_tokenizer: ImageTokenizer,
+        unconditional_ratio: float = 0.0,
+        seed: int = 0,
+        reads_features: bool = False,
     ):
         self.vocabulary, self.image_tokenizer = vocabulary, image_tokenizer
-        self.unconditional_ratio, self.seed = unconditional_ratio, seed
+        self.unconditional_ratio, self.seed, self.reads_features = unconditional_ratio, seed, reads_features
 
     def __call__(self, sample: Sample) -> EncodedSample:
         """Encode one sample.
@@ -114,8 +123,8 @@ class Encoder:
         for segment in sample.segments:
             task = text_task
             if segment.image is not None:
-                codes_hw = self._codes(segment.image, sample.images[segment.image])
-                spans.append(Span(num_tokens + 1, *codes_hw.shape, segment.loss))
+                codes_hw, features = self._codes(segment.image, sample.images[segment.image], segment.loss)
+                spans.append(Span(num_tokens + 1, *codes_hw.shape, segment.loss, features))
                 parts += [[vocabulary.boi], vocabulary.encode_codes(codes_hw)]
                 num_new = codes_hw.size + 2
                 new, task = [vocabulary.eoi], GENERATION if segment.loss else text_task
@@ -141,14 +150,28 @@ class Encoder:
     def _is_unconditional(self, coordinates: Coordinates) -> bool:
         return stream(self.seed, Purpose.SAMPLE, *coordinates[:4]).random() < self.unconditional_ratio
 
-    def _codes(self, name: str, image: np.ndarray) -> np.ndarray:
+    def _codes(self, name: str, image: np.ndarray, has_loss: bool) -> tuple[np.ndarray, Features | None]:
+        """Codes of an image, and the features of one that is read, where the tokenizer is a compressed one that gives them."""
+        tokenizer = self.image_tokenizer
+        if isinstance(tokenizer, GridOnly) and tokenizer.is_compressed:
+            return tokenizer.encode(image[None])[0], None  # dense codes too become fewer
+        if not isinstance(tokenizer, CompressedTokenizer):
+            return self._checked(name, image, tokenizer), None
+        dense_hw = self._checked(name, image, tokenizer.around)
+        if dense_hw.shape != (tokenizer.around.height, tokenizer.around.width):
+            raise DataError(
+                f"{name} has {dense_hw.shape[0]} x {dense_hw.shape[1]} codes, not {tokenizer.around.height} x {tokenizer.around.width}",
+                "give raw images, or codes of the tokenizer inside the compressed one",
+            )
+        return tokenizer.compress(dense_hw[None])[0], tokenizer.features(dense_hw) if self.reads_features and not has_loss else None
+
+    def _checked(self, name: str, image: np.ndarray, tokenizer: ImageTokenizer) -> np.ndarray:
         """uint8 pixels are tokenized; int64 codes, made before, are checked."""
         if image.dtype == np.uint8:
-            return self.image_tokenizer.encode(image[None])[0]
-        size = self.image_tokenizer.codebook_size
-        if image.min() < 0 or image.max() >= size:
+            return tokenizer.encode(image[None])[0]
+        if image.min() < 0 or image.max() >= tokenizer.codebook_size:
             raise DataError(
-                f"{name} has codes from {image.min()} to {image.max()}, outside the codebook of {size}",
+                f"{name} has codes from {image.min()} to {image.max()}, outside the codebook of {tokenizer.codebook_size}",
                 "tokenize the images with the run's image tokenizer (vocabulary.image_tokenizer)",
             )
         return image
@@ -160,6 +183,7 @@ class GridOnly:
     def __init__(self, image_tokenizer: ImageTokenizer):
         self.codebook_size = image_tokenizer.codebook_size
         self.height, self.width = image_tokenizer.height, image_tokenizer.width
+        self.is_compressed = isinstance(image_tokenizer, CompressedTokenizer)
 
     def encode(self, images_NHWC: np.ndarray) -> np.ndarray:
         return np.zeros((len(images_NHWC), self.height, self.width), np.int64)

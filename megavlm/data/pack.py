@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megavlm.costs import ModelShape
-from megavlm.data.encode import GENERATION, UNDERSTANDING, EncodedSample
+from megavlm.data.encode import GENERATION, UNDERSTANDING, EncodedSample, Span
 from megavlm.data.sample import TASKS, Coordinates
 from megavlm.randomness import Purpose, stream
 from megavlm.routing.route import BIAS_WIDTH, PackLayout, Route, RoutingPlan, Sequences, Stage
@@ -39,6 +39,10 @@ class Pack:
     """The ids they predict."""
     groups_M: torch.Tensor
     """Which (source, task) each counts for: ``source * len(TASKS) + task``."""
+    feature_rows_R: torch.Tensor
+    """Rows that are read as features instead of the embedding of their token."""
+    features_RF: torch.Tensor
+    """Those features, float32; F is 0 if there are none."""
     labels: np.ndarray
     """Number of labelled rows per (source, task) ``[num_sources * len(TASKS)]``."""
     task_flops: np.ndarray
@@ -180,6 +184,7 @@ def build_pack(
         rows_M=torch.from_numpy(labelled - 1),
         targets_M=torch.from_numpy(tokens[labelled]),
         groups_M=torch.from_numpy(groups),
+        **_features(spans, starts),
         labels=np.bincount(groups, minlength=num_sources * len(TASKS)),
         task_flops=costs.T @ of_task,
         dense_flops=np.array([costing.dense_flops(layout) for layout in layouts]) @ of_task,
@@ -196,3 +201,10 @@ def _question_ends(samples: list[EncodedSample], offsets: np.ndarray) -> np.ndar
         for span in sample.spans:
             ends.append(offset + labelled[np.searchsorted(labelled, span.start + span.length)])
     return np.array(ends, np.int64)
+
+
+def _features(spans: list[Span], starts: np.ndarray) -> dict[str, torch.Tensor]:
+    """The rows of a pack that are read as features, and those."""
+    found = [(start + span.features.places_R, span.features.values_RF) for span, start in zip(spans, starts) if span.features]
+    rows, values = zip(*found) if found else ([np.zeros(0, np.int64)], [np.zeros((0, 0), np.float32)])
+    return {"feature_rows_R": torch.from_numpy(np.concatenate(rows)), "features_RF": torch.from_numpy(np.concatenate(values))}

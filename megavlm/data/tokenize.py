@@ -107,6 +107,8 @@ def check_codes(urls: list[str], tokenizer: ImageTokenizer) -> None:
     Raises:
         ConfigError: If it is another one.
     """
+    # a compressed tokenizer takes codes of the one inside
+    tokenizer = getattr(tokenizer, "around", tokenizer)
     folders = dict.fromkeys(Path(local_path(url)).parent for url in urls if is_local(url))
     for folder in folders:
         if (folder / MANIFEST).is_file():

@@ -5,6 +5,7 @@
     samples/          drawings made on the way, PNG
     log.txt           what was printed             tensorboard/      tensorboard --logdir
     evaluation.json   written by `megavlm evaluate`, with drawings.png
+    judged/           written by `megavlm judge`
     analysis/         written by `megavlm analyze`
     status.json       where it stands              exit_code         how it ended; not there while it runs
     stragglers.txt    times per rank               forensics/        skipped steps

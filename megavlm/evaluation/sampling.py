@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from megavlm.data.encode import EncodedSample, Encoder
+from megavlm.data.encode import EncodedSample, Encoder, GridOnly
 from megavlm.data.pack import Costing
 from megavlm.data.sample import Coordinates, Sample, Segment
+from megavlm.model.compressed_tokenizer import CompressedTokenizer
 from megavlm.model.decoding import Decoder
 
 
@@ -44,18 +45,23 @@ def draw_images(
     vocabulary, grid = encoder.vocabulary, (encoder.image_tokenizer.height, encoder.image_tokenizer.width)
     generator = torch.Generator(device).manual_seed(seed)
     guided = guidance != 1.0
-    samples = [_to_draw(encoder, prompt, grid, index) for index, prompt in enumerate(prompts)]
-    if guided:
-        without_text = Encoder(vocabulary, encoder.image_tokenizer, unconditional_ratio=1.0)
-        samples += [_to_draw(without_text, prompt, grid, index) for index, prompt in enumerate(prompts)]
+    blank = GridOnly(encoder.image_tokenizer)
+    samples = [
+        _to_draw(Encoder(vocabulary, blank, unconditional_ratio), prompt, index)
+        for unconditional_ratio in ((0.0, 1.0) if guided else (0.0,))
+        for index, prompt in enumerate(prompts)
+    ]
     decoder = Decoder(model, samples, [sample.spans[0].start for sample in samples], costing, device)
     logits_BV, drawn, num_codes = decoder.start(), [], grid[0] * grid[1]
+    barred_PC = torch.zeros(num_codes, vocabulary.codebook_size, dtype=torch.bool, device=device)
+    if isinstance(encoder.image_tokenizer, CompressedTokenizer):
+        barred_PC = torch.from_numpy(encoder.image_tokenizer.barred_PC).to(device)
     for place in range(num_codes):
         logits_BC = logits_BV[:, vocabulary.first_code : vocabulary.size]
         if guided:
             with_prompt, without = logits_BC.chunk(2)
             logits_BC = without + guidance * (with_prompt - without)
-        logits_BC = logits_BC / temperature
+        logits_BC = (logits_BC / temperature).masked_fill(barred_PC[place], -torch.inf)
         if top_k:
             lowest_kept = logits_BC.topk(min(top_k, logits_BC.shape[1]), dim=1).values[:, -1:]
             logits_BC = logits_BC.masked_fill(logits_BC < lowest_kept, -torch.inf)
@@ -105,8 +111,8 @@ def answer(
     return [vocabulary.decode_text(ids) for ids in answers]
 
 
-def _to_draw(encoder: Encoder, prompt: str, grid: tuple[int, int], index: int) -> EncodedSample:
+def _to_draw(encoder: Encoder, prompt: str, index: int) -> EncodedSample:
     """A generation sample whose image is a placeholder."""
     segments = (Segment(text=prompt), Segment(image="image", loss=True))
-    image = {"image": np.zeros(grid, np.int64)}
+    image = {"image": np.zeros((1, 1, 3), np.uint8)}
     return encoder(Sample("", "generation", segments, image, Coordinates(0, 0, 0, index)))

@@ -69,6 +69,7 @@ class Backbone(nn.Module):
         max_labels: Upper bound of a pack's labelled rows.
         chunk_rows: Labelled rows per call of the output head.
         activation_checkpointing: Recompute every layer in the backward pass.
+        feature_width: F of the features that images which are read consist of; 0 if they are read as codes.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Backbone(nn.Module):
         max_labels: int,
         chunk_rows: int,
         activation_checkpointing: bool = False,
+        feature_width: int = 0,
     ):
         super().__init__()
         self.causal_lm, self.selectors = causal_lm, plan.selectors
@@ -88,6 +90,7 @@ class Backbone(nn.Module):
         self.observe: Callable | None = None
         """Sees every layer of every pack until it is taken away again; see `hidden_states`."""
         shape = ModelShape.of(causal_lm.config)
+        self.reader = nn.Linear(feature_width, shape.width) if feature_width else None
         self.gates, self.injectors = nn.ModuleDict(), nn.ModuleDict()
         for task in (UNDERSTANDING, GENERATION):
             for layer in plan.layers_that("gate", task):
@@ -120,7 +123,7 @@ class Backbone(nn.Module):
         """
         model = self.causal_lm.model
         model.config._attn_implementation = attention.NAME
-        embedding_TD = model.embed_tokens(pack.tokens_T)
+        embedding_TD = self._embed(pack)
         cos_T, sin_T = (table[0] for table in model.rotary_emb(embedding_TD[None], pack.positions_T[None]))
         router = Router(pack.route, embedding_TD, self.selectors, self.gates)
         for stage in pack.route.stages:
@@ -139,6 +142,15 @@ class Backbone(nn.Module):
                 x_KD = self._layer(model.layers[layer], x_KD, (cos_K[None], sin_K[None]), replace(context))
             router.write(active, x_KD)
         return router.h_TD, router.gate_loss
+
+    def _embed(self, pack: Pack) -> torch.Tensor:
+        """Embeddings of the tokens, or what the reader makes of the features in their place."""
+        embedding_TD = self.causal_lm.model.embed_tokens(pack.tokens_T)
+        if self.reader is None:
+            return embedding_TD
+        # a pack without such images goes through the reader with no rows (P7)
+        features_RF = pack.features_RF.view(-1, self.reader.in_features).to(embedding_TD.dtype)
+        return embedding_TD.index_copy(0, pack.feature_rows_R, self.reader(features_RF))
 
     def _guests(self, stage: Stage, layer: int, active: torch.Tensor | None, embedding_TD: torch.Tensor) -> Guests:
         """Keys and values of a layer for rows that do not travel."""

@@ -93,6 +93,11 @@ class VQTokenizer:
         codes = np.asarray(codes_Nhw, np.int64)
         return np.concatenate([self._decode(torch.from_numpy(batch)) for batch in self._batches(codes)])
 
+    def codebook(self) -> torch.Tensor:
+        """The embedding of every code as the decoder gets it ``[codebook_size, D]``."""
+        weight_VD = self._model.quantize.embedding.weight.detach().float().cpu()
+        return functional.normalize(weight_VD, dim=1) if self.family == "janus" else weight_VD
+
     def fit(self, image: np.ndarray) -> np.ndarray:
         """An image of any size, scaled and cut to ``[*pixels, 3]``."""
         if image.shape[:2] == self.pixels:

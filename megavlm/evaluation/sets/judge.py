@@ -1,0 +1,129 @@
+"""The driver between a set, a trained model and a scorer.
+
+It writes into the run folder, under the kind and the file's name::
+
+    judged/vqa-val.json       figures, settings, counts, and every entry that could not be used
+    judged/vqa-val.jsonl      every answer, or the verdict on every drawing, as they come
+    judged/geneval-x.png      the first drawings
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from megavlm.data.encode import EncodedSample
+from megavlm.data.sample import Coordinates, Sample, Segment
+from megavlm.errors import DataError, MegavlmError
+from megavlm.evaluation.evaluate import TrainedModel
+from megavlm.evaluation.sampling import answer, draw_images
+from megavlm.evaluation.sets.entries import BadEntries, Item, read_image
+from megavlm.monitor.pictures import save_grid
+from megavlm.randomness import Purpose, integer_seed
+
+NUM_SHOWN = 40
+
+
+class Score(Protocol):
+    """What turns answers or drawings into figures."""
+
+    def add(self, items: list[Item], outputs) -> list[dict[str, Any]]:
+        """Take a batch of answers (texts) or drawings (uint8 ``[N, H, W, 3]``); a verdict on each, as JSON."""
+
+    def result(self) -> dict[str, Any]:
+        """The figures of everything that was added."""
+
+
+class Judge:
+    """One set judged with one model.
+
+    Args:
+        model: The model.
+        kind: Of the set: part of the names of the files that are written.
+        bad: Where unusable entries are counted, those found by the reader included.
+        batch_size: Questions or drawings at a time.
+        settings: Kept with the result.
+    """
+
+    def __init__(self, model: TrainedModel, kind: str, bad: BadEntries, batch_size: int, settings: dict[str, Any]):
+        self.model, self.kind, self.bad, self.batch_size, self.settings = model, kind, bad, batch_size, settings
+        self.stem = model.folder.path / "judged" / f"{kind}-{bad.file.stem}"
+
+    def read(self, items: list[Item], images: Path, max_tokens: int, score: Score) -> dict[str, Any]:
+        """Ask the model about images, which lie below the folder ``images``; greedy answers of at most ``max_tokens`` tokens."""
+        model = self.model
+
+        def respond(batch: list[tuple[Item, EncodedSample]]):
+            prompts = [prompt for _, prompt in batch]
+            return answer(model.backbone, model.encoder, prompts, model.costing, model.device, max_tokens)
+
+        return self._run(self._with_images(items, images), respond, score)
+
+    def draw(self, items: list[Item], num_per_prompt: int, score: Score) -> dict[str, Any]:
+        """Draw every prompt so many times, as the recipe's ``evaluation`` says; a batch's seed follows from its place."""
+        model, evaluation = self.model, self.model.config.evaluation
+        sampling = (evaluation.temperature, evaluation.top_k, evaluation.guidance)
+        shown: list[tuple[str, np.ndarray]] = []
+        num_drawn = 0
+
+        def respond(batch: list[tuple[Item, None]]) -> np.ndarray:
+            nonlocal num_drawn
+            seed = integer_seed(model.config.seed, Purpose.DRAWING, num_drawn)
+            prompts = [item.prompt for item, _ in batch]
+            codes = draw_images(model.backbone, model.encoder, prompts, model.costing, model.device, seed, *sampling)
+            images = model.image_tokenizer.decode(codes)
+            shown.extend(zip(prompts[: NUM_SHOWN - len(shown)], images))
+            num_drawn += len(batch)
+            return images
+
+        repeated = [(item, None) for item in items for _ in range(num_per_prompt)]
+        progress = track(repeated, f"{self.kind} {self.bad.file.name}", console=Console(stderr=True))
+        settings = {"drawings_per_prompt": num_per_prompt} | evaluation.model_dump(include={"temperature", "top_k", "guidance"})
+        result = self._run(progress, respond, score, settings)
+        captions, images = zip(*shown)
+        save_grid(images, [caption[:30] for caption in captions], self.stem.with_name(f"{self.stem.name}.png"), columns=8)
+        return result
+
+    def _with_images(self, items: list[Item], images: Path) -> Iterator[tuple[Item, EncodedSample]]:
+        """Items with their prompts for the model; those whose image cannot be used are counted as bad."""
+        for number, item in enumerate(track(items, f"{self.kind} {self.bad.file.name}", console=Console(stderr=True))):
+            # an answer stands where the model's will be; prompt() takes it away
+            segments = (Segment(image="image"), Segment(text=item.prompt), Segment(text="?", loss=True))
+            try:
+                image = {"image": read_image(images / item.image)}
+                sample = Sample(item.where, "understanding", segments, image, Coordinates(0, 0, 0, number))
+                yield item, self.model.encoder(sample).prompt()
+            except DataError as error:
+                self.bad.add(item.where, error.what)
+
+    def _run(self, pairs, respond: Callable, score: Score, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+        self.stem.parent.mkdir(exist_ok=True)
+        pairs, num_judged = iter(pairs), 0
+        with self.stem.with_name(f"{self.stem.name}.jsonl").open("w", encoding="utf-8") as lines:
+            while batch := list(islice(pairs, self.batch_size)):
+                items = [item for item, _ in batch]
+                for item, verdict in zip(items, score.add(items, respond(batch))):
+                    line = {"where": item.where, "image": item.image or None, "prompt": item.prompt} | verdict
+                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+                lines.flush()
+                num_judged += len(batch)
+        if not num_judged:
+            raise MegavlmError(f"{self.bad.file}: nothing could be judged\n  do:    look at the entries that were left out, above")
+        result = {
+            "kind": self.kind,
+            "set": str(self.bad.file),
+            "checkpoint": self.model.checkpoint.name,
+            "route": self.model.config.evaluation.route,
+            "judged": num_judged,
+            "bad": len(self.bad.found),
+            "figures": score.result(),
+            "settings": {"batch_size": self.batch_size} | self.settings | (settings or {}),
+            "bad_entries": self.bad.found,
+        }
+        self.stem.with_name(f"{self.stem.name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+        return result
