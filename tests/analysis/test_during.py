@@ -9,6 +9,7 @@ from megavlm import build
 from megavlm.analysis.attention import AttentionWatch
 from megavlm.analysis.gradients import alone, factors_of_tasks
 from megavlm.costs import ModelShape
+from megavlm.data.sample import TASKS
 from tests.analysis.work import train_on_each
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training import DRAW_ONLY, NO_LOSS, READ_ONLY, SINGLE_TOKEN, TEXT_ONLY, _pack
@@ -54,7 +55,7 @@ def test_two_ranks_say_what_one_process_says(make_config, tmp_path):
     vocabulary = build.build_vocabulary(config)
     backbone = build.build_backbone(config, build.build_causal_lm(config, vocabulary))
     labels_t = sum(pack.task_labels for pack in packs)
-    weights_t = np.array([0.1, 1.0, 1.0]) / np.maximum(labels_t, 1)
+    weights_t = np.array([config.loss.task_weights.get(task, 1.0) for task in TASKS]) / np.maximum(labels_t, 1)
     factors = factors_of_tasks(torch.tensor(np.append(np.tile(weights_t, 2), 0.0), dtype=torch.float32), labels_t)
     found = scalars(tmp_path / "run")
     for block, a in alone(backbone, packs, factors)["understanding_generation"].items():

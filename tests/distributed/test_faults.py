@@ -46,9 +46,9 @@ def test_replay_finds_the_module_that_is_not_finite(make_config, tmp_path, monke
     run_ranks(1, inject_nan, config, [2])
     original = Backbone.hidden_states
 
-    def broken(self, pack):
+    def broken(self, pack, observe):
         self.causal_lm.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
-        return original(self, pack)
+        return original(self, pack, observe)
 
     monkeypatch.setattr(Backbone, "hidden_states", broken)
     packs = replay(tmp_path / "run")["packs"]
