@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Does it take longer to resume late in a corpus than early? Time from a lane's state to its next pack, at step 10 and at step 10,000.
+"""Does it take longer to resume late in a corpus than early? Time from a lane's state to its next pack, around steps 10 and 10,000.
 
     python tools/bench_resume.py --out docs/data/resume.json
 
 Writes a corpus of small shards with samples of 64 image codes and text, runs one lane over it to step 10,000 (some minutes), and from then on makes
-the lane again from each of the two states, in turns, several times. A lane re-reads the samples that waited in its look-ahead and the heads
-of its current shards, however far it has come.
+the lane again from states of both times, in turns, several times. A lane re-reads the samples that waited in its look-ahead and the heads
+of its current shards, however far it has come. How long those heads are changes from step to step; so states are taken over 60 steps, in
+which a lane goes through about one shard of each source.
 """
 
 import io
@@ -24,7 +25,7 @@ from megavlm import build
 from megavlm.benchmarks import digits
 from megavlm.config import load_config
 
-EARLY = 10
+EARLY = range(10, 70, 6)
 
 
 def write(folder: Path, num_shards: int, samples_per_shard: int) -> None:
@@ -42,11 +43,11 @@ def write(folder: Path, num_shards: int, samples_per_shard: int) -> None:
                 writer.write({"__key__": f"{shard:04d}-{i:05d}", "json": json.dumps(record).encode(), "img0.npy": content.getvalue()})
 
 
-def bench(late: int = 10_000, num_shards: int = 400, samples_per_shard: int = 500, repeats: int = 15, out: str = ""):
+def bench(late: int = 10_000, num_shards: int = 400, samples_per_shard: int = 500, repeats: int = 5, out: str = ""):
     """Measure it.
 
     Args:
-        late: The later step.
+        late: The later steps begin here.
         num_shards: Of the corpus, over both tasks.
         samples_per_shard: In each.
         repeats: Resumes from each state.
@@ -63,24 +64,30 @@ def bench(late: int = 10_000, num_shards: int = 400, samples_per_shard: int = 50
             "data.num_lanes": 1, "data.pack_tokens": 1280, "data.look_ahead_samples": 64,
         }  # fmt: skip
         factory = build.LaneFactory(build.with_mixture(load_config("digits", overrides)))
-        lane, states = factory(0), {}
-        for step in track(range(1, late + 1), description=f"running the lane to step {late}"):
+        when = {"early": EARLY, "late": range(late, late + len(EARLY) * EARLY.step, EARLY.step)}
+        lane, states = factory(0), {"early": [], "late": []}
+        for step in track(range(1, when["late"].stop), description=f"running the lane past step {late}"):
             _, state = next(lane)
-            if step in (EARLY, late):
-                states[step] = state
-        seconds, read_again = {step: [] for step in states}, {}
+            for name, steps in when.items():
+                if step in steps:
+                    states[name].append(state)
+        seconds, read_again = {name: [] for name in states}, dict.fromkeys(states, 0)
         for repeat in track(range(repeats + 1), description="resuming"):
-            for step, state in states.items():
-                begin = time.perf_counter()
-                resumed = factory(0, state)
-                next(resumed)
-                if repeat:  # the first warms up
-                    seconds[step].append(time.perf_counter() - begin)
-                read_again[step] = resumed.read_again
+            for early_and_late in zip(*states.values()):
+                for name, state in zip(states, early_and_late):
+                    begin = time.process_time()
+                    resumed = factory(0, state)
+                    next(resumed)
+                    if repeat:  # the first warms up
+                        seconds[name].append(time.process_time() - begin)
+                        read_again[name] += sum(resumed.read_again.values()) / repeats / len(EARLY)
     result = {
         "corpus_samples": num_shards * samples_per_shard,
-        "resume_ms": {step: {"median": 1e3 * statistics.median(v), "lowest": 1e3 * min(v), "highest": 1e3 * max(v)} for step, v in seconds.items()},
-        "late_over_early": statistics.median(seconds[late]) / statistics.median(seconds[EARLY]),
+        "steps": {name: [steps[0], steps[-1]] for name, steps in when.items()},
+        "resume_cpu_ms": {
+            name: dict(zip(("mean", "lowest", "highest"), (1e3 * f(v) for f in (statistics.mean, min, max)))) for name, v in seconds.items()
+        },
+        "late_over_early": statistics.mean(seconds["late"]) / statistics.mean(seconds["early"]),
         "samples_read_again": read_again,
         "command": f"python tools/bench_resume.py --late={late} --num_shards={num_shards} --samples_per_shard={samples_per_shard} --repeats={repeats}",
     }
