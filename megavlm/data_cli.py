@@ -183,7 +183,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         """
         import json
 
-        from megavlm.data.simulate import report, simulate, sketch
+        from megavlm.data.simulate import report, simulate, standard
 
         if recipe:
             from megavlm.build import situation_of
@@ -193,7 +193,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         elif overrides:
             raise ConfigError(f"there is no recipe to change {', '.join(overrides)} in\n  do:    name a recipe")
         else:
-            situation = sketch()
+            situation = standard()
         result = simulate(situation, lanes, steps, first_step, processes or len(os.sched_getaffinity(0)))
         title = f"{lanes} lanes, steps {first_step} to {steps}, {recipe or 'the standard mixture'}"
         print(json.dumps(report(result, Path(str(out)), title), indent=1))

@@ -45,7 +45,7 @@ class KeepAfter(Policy):
         return [LayerPlan()] * self.after_layer + [LayerPlan(self.keep_ratio)] * (num_layers - self.after_layer)
 
 
-def sketch_mixture(num_samples: int = 4096, seed: int = 0) -> Mixture:
+def standard_mixture(num_samples: int = 4096, seed: int = 0) -> Mixture:
     """The default mixture: half understanding, half generation.
 
     Understanding reads one image of 256 to 2,304 tokens (a square of 16 to 48 codes a side, uniform), generation draws one of 256 or 1,024.
@@ -64,7 +64,7 @@ def sketch_mixture(num_samples: int = 4096, seed: int = 0) -> Mixture:
     }
 
 
-class SketchSettings(NamedTuple):
+class StandardSettings(NamedTuple):
     """Of a `DataConfig`, what packing depends on."""
 
     sources: dict
@@ -82,7 +82,7 @@ class Situation:
     Args:
         mixture: Layouts per source; lanes draw from them with replacement.
         costing: The route and the model's shape.
-        settings: A `DataConfig`, or `SketchSettings`.
+        settings: A `DataConfig`, or `StandardSettings`.
         seed: Of the streams.
         at_step: The step of the run whose route is taken.
     """
@@ -94,13 +94,13 @@ class Situation:
     at_step: int = 0
 
 
-def sketch(seed: int = 0) -> Situation:
-    """The default: `sketch_mixture`, a quarter of understanding's image tokens after layer 8 of 28, packs of 8,192 tokens."""
+def standard(seed: int = 0) -> Situation:
+    """The default: `standard_mixture`, a quarter of understanding's image tokens after layer 8 of 28, packs of 8,192 tokens."""
     from megavlm.config import SourceConfig  # above this module
 
     sources = {name: SourceConfig(shards="none") for name in ("understanding", "generation")}
     plan = RoutingPlan(KeepAfter(after_layer=8, keep_ratio=0.25), Dense(), SHAPE_7B.num_layers, Schedule(1, 0.0, 0.0))
-    return Situation(sketch_mixture(), Costing(plan, SHAPE_7B), SketchSettings(sources), seed)
+    return Situation(standard_mixture(), Costing(plan, SHAPE_7B), StandardSettings(sources), seed)
 
 
 class LaneRecord(NamedTuple):

@@ -7,7 +7,7 @@ Continuous they are what understanding reads. Discrete, each the nearest entry o
 back is `megavlm.routing.decompress`. Letters: N images, L = h·w dense codes, P = G + M tokens, V dense codes of the tokenizer, K entries of
 the plug-in's own codebook, D width of an embedding, W width inside the plug-in.
 
-Where our notes of the paper leave room, this was chosen: one codebook for both kinds of tokens, of the plug-in's own (a mean of embeddings
+Where the method leaves room, this was chosen: one codebook for both kinds of tokens, of the plug-in's own (a mean of embeddings
 lies between the tokenizer's codes, not on them); VQ-VAE's loss for it (arXiv 1711.00937); entries that nothing uses begin anew.
 """
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megavlm.data.packer import choose
-from megavlm.data.simulate import simulate, sketch
+from megavlm.data.simulate import simulate, standard
 
 
 @settings(max_examples=200, deadline=None)
@@ -33,7 +33,7 @@ def test_stages_that_say_the_same_count_once():
 
 def test_the_standard_mixture_in_the_steady_state():
     """A few lanes of what `megavlm data simulate` shows for many."""
-    result = simulate(sketch(), num_lanes=6, num_steps=130, first_step=90)
+    result = simulate(standard(), num_lanes=6, num_steps=130, first_step=90)
     ours, rival = result["megavlm"], result["first_fit"]
     assert ours["total"]["worst"] < 1.005 and ours["stages_summed"]["mean"] < 1.015
     assert ours["token_use"] > 0.975 and ours["longest_wait_packs"] < 256
