@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from threading import Thread
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -53,8 +53,11 @@ class _Steps(IterableDataset):
             yield error
 
 
-def _listen_to_the_trainer_only(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     """Only the trainer's own SIGTERM ends a worker: its `multiprocessing` sends one to workers left over, and then waits for them for ever."""
+    # after all other finalizers: an interpreter that ends under the thread that feeds packs to the queue, in the middle of torch's C++, aborts,
+    # and the trainer takes that for a worker that was killed
+    util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
     signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
     trainer = os.getppid()
 
@@ -110,7 +113,7 @@ class Loader:
                     batch_size=None,
                     num_workers=self.num_workers,
                     pin_memory=pin_memory,
-                    worker_init_fn=_listen_to_the_trainer_only,
+                    worker_init_fn=_prepare_worker,
                     **options,
                 )
             )

@@ -1,8 +1,12 @@
 """Loader workers: deaf to the job's signals, and never left over."""
 
+import atexit
+import multiprocessing
 import pickle
 import subprocess
 import sys
+
+from megavlm.data.loader import Loader
 
 SCRIPT = """
 import multiprocessing, os, pickle, subprocess, sys
@@ -49,3 +53,23 @@ def test_workers_outlive_the_jobs_signals_and_end_with_their_loader(make_factory
 def test_a_loader_that_was_never_closed_does_not_keep_its_process(make_factory, corpus_sources, tmp_path):
     factory = make_factory(corpus_sources, num_lanes=4)
     assert run_script(factory, tmp_path, "leave") == ["True True"]
+
+
+class AtExit:
+    """Makes lanes in a process that leaves a file behind if its interpreter is torn down."""
+
+    def __init__(self, factory, file):
+        self.factory, self.file = factory, file
+
+    def __call__(self, number, state=None):
+        atexit.register(self.file.touch)
+        return self.factory(number, state)
+
+
+def test_a_worker_that_is_ended_while_it_feeds_packs_cannot_abort(make_factory, corpus_sources, tmp_path):
+    """Tearing an interpreter down under the thread that feeds aborts one worker in twenty, which the trainer takes for a killed one."""
+    loader = Loader(AtExit(make_factory(corpus_sources, num_lanes=4), tmp_path / "torn_down"), [0, 1, 2, 3], {}, 1, 4, False)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    loader.close()
+    assert not worker.is_alive() and not (tmp_path / "torn_down").exists()
