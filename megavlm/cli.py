@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 from megavlm.analyze_cli import AnalyzeCommands
+from megavlm.arguments import check_arguments
 from megavlm.data_cli import DataCommands
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.judge_cli import JudgeCommands
@@ -99,9 +100,15 @@ def main() -> None:
     # the deepspeed launcher puts it before the command, and says the same in the environment
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:
-        fire.Fire(Commands, arguments, name="megavlm")
+        commands = Commands()
+        fire.Fire(commands, check_arguments(commands, arguments), name="megavlm")
     except MegavlmError as error:
         # a mistake in the recipe is the same on every rank: one message is enough
         if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
             print(f"megavlm: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"megavlm: {error.filename}: {error.strerror}\n  do:    check the path and its permissions", file=sys.stderr)
         sys.exit(2)

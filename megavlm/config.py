@@ -26,7 +26,9 @@ from megavlm.routing.policies import POLICIES, AnyPolicy, Dense, Policy
 from megavlm.settings import Settings
 
 RECIPES = Path(__file__).parent / "recipes"
-PROJECT = Path(__file__).parent.parent
+_CHECKOUT = Path(__file__).parent.parent
+PROJECT = _CHECKOUT if (_CHECKOUT / "ds_configs").is_dir() else Path(sys.prefix) / "share" / "megavlm"
+"""Where `ds_configs/` and `slurm/` are: in the checkout, or where the installation put them."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -355,20 +357,38 @@ def load_config(recipe: str, overrides: dict[str, Any] | None = None) -> RunConf
         ConfigError: With every mistake of the recipe and the overrides.
     """
     path = find_resource("recipes", str(recipe), ".yaml")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}\n  do:    correct the file at the place named") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no settings\n  do:    start from a recipe in {RECIPES}")
+    tree = read_settings(path)
     for dotted, value in (overrides or {}).items():
-        _override(tree, dotted, yaml.safe_load(value) if isinstance(value, str) else value)
+        _override(tree, dotted, read_value(dotted, value))
     _import_modules(tree, path)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = [_describe(mistake, tree) for mistake in error.errors()]
         raise ConfigError(f"{path}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file.
+
+    Raises:
+        ConfigError: If it is not YAML, or no mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}\n  do:    correct the file at the place named") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no settings\n  do:    start from a file in {RECIPES}")
+    return tree
+
+
+def read_value(name: str, value: Any) -> Any:
+    """What was given for a setting on the command line; a string is read as YAML."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: {value!r} is not YAML: {error}\n  do:    close what is open, and quote what has a colon") from error
 
 
 def _import_modules(tree: dict, recipe: Path) -> None:

@@ -88,7 +88,7 @@ class Lane:
         ]
         self.read_again = {"look_ahead": 0, "heads": sum(entry["cursor"][2] for entry in entries)}
         self.waiting = self._read_waiting([Coordinates(*place) for place in state["waiting"]])
-        self._finished: set[int] = set()
+        self._finished = {number for number, entry in enumerate(entries) if entry["finished"]}
         self._costs: tuple = (None, [])
         self._target: tuple = (None, None)
         if state["pack"]:
@@ -136,8 +136,8 @@ class Lane:
             "pack": self.num_packs,
             "counts": dict(self.counts),
             "sources": {
-                source.name: {"mark": source.mark, "cursor": list(cursor.state), "pass": level}
-                for source, cursor, level in zip(self.sources, self.cursors, self.passes)
+                source.name: {"mark": source.mark, "cursor": list(cursor.state), "pass": level, "finished": number in self._finished}
+                for number, (source, cursor, level) in enumerate(zip(self.sources, self.cursors, self.passes))
             },
             "waiting": [list(waiting.sample.coordinates) for waiting in self.waiting],
         }

@@ -98,4 +98,4 @@ def adapt_state(state: State, sources: list[Source], policy: str) -> tuple[State
 
 def fresh(source: Source, level: int) -> dict[str, Any]:
     """The state of a source at its beginning; see `megavlm.data.lane`."""
-    return {"mark": source.mark, "cursor": [0, 0, 0], "pass": level}
+    return {"mark": source.mark, "cursor": [0, 0, 0], "pass": level, "finished": False}

@@ -118,9 +118,9 @@ class Checkpointer:
             Seconds that training waited, the end of the save before this one included.
         """
         begin = time.perf_counter()
-        if step == self.last_step:  # this very state is on the disk, or being written
-            return 0.0
         self.wait()
+        if step == self.last_step:  # this very state is on the disk
+            return 0.0
         tensors, steps = self._staging.copy_from(engine), group_steps(engine)
         stall_s = time.perf_counter() - begin
         self.last_step = step

@@ -69,6 +69,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             logging.getLogger().addHandler(_file_handler(self.log_file))
             config = with_fingerprint(config)
+            if all(source.epochs for source in config.data.sources.values()):
+                raise ConfigError(
+                    "data.sources: every source ends after its `epochs`, at another step in each lane\n"
+                    "  do:    leave out `epochs` of one of them; optimizer.num_steps says when training ends"
+                )
             tokenizer = build_image_tokenizer(config)
             for source in make_sources(config.data.sources):
                 check_codes(source.urls, tokenizer)
@@ -83,6 +88,9 @@ class RunFolder:
             if Path(config.vocabulary.text_model).resolve() != self.text_model.resolve():
                 copy_text_model(Path(config.vocabulary.text_model), self.text_model)
             self.exit_code.unlink(missing_ok=True)
+            # the watchdogs of this start would take an earlier one's note for their own
+            for folder in self.hangs.glob("step-????????"):
+                folder.rename(folder.with_name(f"{folder.name}-{folder.stat().st_mtime_ns}"))
         return world.gather(config if world.is_main else None)[0]
 
     def keep(self, config: RunConfig) -> None:

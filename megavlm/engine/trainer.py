@@ -234,8 +234,10 @@ class Trainer:
             self.save()
         code = Exit.INTERRUPTED if wish == Wish.INTERRUPT else Exit.STOPPED
         self._write_status("saving")
-        self.checkpointer.close()
+        saved = self.checkpointer.close()
         self._close()
+        if saved and saved.error and code == Exit.STOPPED:  # who interrupts starts again, from the newest complete one
+            raise OSError(f"the last checkpoint could not be written: {saved.error}")
         raise RunEnded(code, f"{REASONS[wish]}: ended after step {self.step} of {self.config.optimizer.num_steps}")
 
     def _finish(self) -> None:

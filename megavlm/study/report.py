@@ -8,7 +8,7 @@ import numpy as np
 
 from megavlm.study.results import Results
 from megavlm.study.spec import DENSE, JOINT, Metric
-from megavlm.study.statistics import Interval, bootstrap, gain, retained
+from megavlm.study.statistics import ENOUGH_SEEDS, Interval, bootstrap, chance_of_agreement, gain, retained
 
 TIME = "cpu_seconds"
 """On a shared machine the clock says what else ran. On GPUs `seconds`."""
@@ -28,8 +28,7 @@ def write_report(results: Results, command: str) -> Path:
         f"# {folder.name}",
         f"`{command}`",
         f"Arms: {', '.join(study.tasks)} alone and both together, under {', '.join(study.policies)}; seeds {', '.join(map(str, results.seeds))};"
-        " equal steps, and equal tokens per task and step, in every arm. Intervals are bootstrap percentiles over seeds (95%; with few seeds no"
-        " more than the range that the seeds span).",
+        f" equal steps, and equal tokens per task and step, in every arm. {_about_intervals(summary['num_seeds'])}",
         "## What it says",
         "\n".join(f"- {line}" for line in statements(summary)),
         "![quality against FLOPs and time; synergy](report.png)",
@@ -49,6 +48,15 @@ def write_report(results: Results, command: str) -> Path:
     path = folder / "report.md"
     path.write_text(text + "\n")
     return path
+
+
+def _about_intervals(num_seeds: int) -> str:
+    if num_seeds >= ENOUGH_SEEDS:
+        return "Intervals are 95% percentiles of the bootstrap over seeds."
+    return (
+        f"Intervals are the whole range of the bootstrap over {num_seeds} seeds, which are too few for its percentiles: a difference is claimed"
+        f" where all seeds agree on its sign. Chance alone makes them agree in {chance_of_agreement(num_seeds):.0%} of cases, so a single claim is weak."
+    )
 
 
 def summarize(results: Results) -> dict[str, Any]:
@@ -81,6 +89,8 @@ def summarize(results: Results) -> dict[str, Any]:
 
 def statements(summary: dict[str, Any]) -> list[str]:
     """Only what the intervals allow."""
+    if summary["num_seeds"] < 3:
+        return [f"With {summary['num_seeds']} complete seeds nothing is claimed; three are the least."]
     lines = []
     for task, metrics in summary["policies"][DENSE]["tasks"].items():
         name, first = next(iter(metrics.items()))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megavlm.config import save_config
+from megavlm.config import load_config, save_config
 from megavlm.engine.manifest import complete_checkpoints, step_of
 from megavlm.engine.run import RunFolder
 from megavlm.errors import MegavlmError
@@ -38,8 +38,9 @@ def run_arms(arms: list[Arm], parallel: int, processes: int) -> None:
         processes: Of each arm's training.
 
     Raises:
-        MegavlmError: If an arm fails; the others are finished first.
+        MegavlmError: If an arm fails; the others are finished first. If a folder holds a run with other settings.
     """
+    _refuse_other_settings(arms)
     todo = [arm for arm in arms if not is_judged(arm)]
     threads = max(1, len(os.sched_getaffinity(0)) // (parallel * processes))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -53,6 +54,17 @@ def run_arms(arms: list[Arm], parallel: int, processes: int) -> None:
             failures += [future.result()] if future.result() else []
     if failures:
         raise MegavlmError(f"{len(failures)} of {len(arms)} arms failed\n  do:    read their study.log, and start the study again: it goes on")
+
+
+def _refuse_other_settings(arms: list[Arm]) -> None:
+    """A run of an earlier version of the study is not taken for one of this."""
+    for arm in arms:
+        recipe = arm.folder / "recipe.yaml"
+        if recipe.is_file() and load_config(str(recipe)) != arm.config:
+            raise MegavlmError(
+                f"{arm.folder} was begun with other settings than the study has now\n"
+                "  do:    give the study another study_dir, remove that folder, or set the study as it was"
+            )
 
 
 def _run(arm: Arm, processes: int, threads: int) -> str:

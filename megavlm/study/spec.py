@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from megavlm.build import with_mixture
-from megavlm.config import RoutingConfig, RunConfig, find_resource, load_config
+from megavlm.config import RoutingConfig, RunConfig, find_resource, load_config, read_settings, read_value
 from megavlm.data.mixture import token_shares
 from megavlm.errors import ConfigError
 from megavlm.routing.policies import Dense
@@ -89,14 +89,12 @@ def load_study(name: str, overrides: dict[str, Any] | None = None) -> StudyConfi
         ConfigError: With every mistake.
     """
     path = find_resource("recipes/studies", name, ".yaml")
-    tree = yaml.safe_load(path.read_text()) | {
-        key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in (overrides or {}).items()
-    }
+    tree = read_settings(path) | {key: read_value(key, value) for key, value in (overrides or {}).items()}
     try:
         study = StudyConfig.model_validate(tree)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (value {e['input']!r})" for e in error.errors()]
-        raise ConfigError(f"{path}: {len(lines)} mistakes\n" + "\n".join(lines)) from error
+        raise ConfigError(f"{path}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from error
     if DENSE not in study.policies:
         raise ConfigError(f"{path}: policies has no {DENSE!r} to compare with\n  do:    add it: {DENSE}: {{}}")
     return study

@@ -6,6 +6,8 @@ from itertools import product
 import numpy as np
 
 LEVEL = 0.95
+ENOUGH_SEEDS = 6
+"""With fewer, percentiles of the bootstrap are too narrow, and its whole range is taken: that of the seeds themselves."""
 MAX_RESAMPLES = 20_000
 
 
@@ -28,8 +30,9 @@ def bootstrap(statistic, *samples: np.ndarray) -> Interval:
         statistic: Of as many arrays ``[num_seeds]`` as there are samples.
         samples: Values per seed; the same seeds are drawn in all of them.
 
-    Every resample of few seeds is enumerated (3 seeds have 27), more than `MAX_RESAMPLES` are drawn. With 3 seeds an interval cannot
-    cover more than the range of the seeds' values: read it as "the seeds lie within", not as a test.
+    Every resample of few seeds is enumerated (3 seeds have 27), more than `MAX_RESAMPLES` are drawn. With fewer than `ENOUGH_SEEDS` the
+    interval is the whole range of the resamples. It leaves out 0 where all seeds have the same sign, which chance alone does in
+    `chance_of_agreement` of cases.
     """
     num = len(samples[0])
     if num**num <= MAX_RESAMPLES:
@@ -37,8 +40,14 @@ def bootstrap(statistic, *samples: np.ndarray) -> Interval:
     else:
         draws = np.random.default_rng(0).integers(num, size=(MAX_RESAMPLES, num))
     values = np.array([statistic(*(sample[draw] for sample in samples)) for draw in draws])
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    tail = (1 - LEVEL) / 2 if num >= ENOUGH_SEEDS else 0.0
+    low, high = np.quantile(values, [tail, 1 - tail])
     return Interval(float(statistic(*samples)), float(low), float(high))
+
+
+def chance_of_agreement(num_seeds: int) -> float:
+    """How often the differences of all seeds have the same sign if there is nothing but chance."""
+    return 2.0 ** (1 - num_seeds)
 
 
 def gain(joint: np.ndarray, single: np.ndarray) -> Interval:

@@ -72,6 +72,10 @@ def test_a_hung_rank_is_named_with_the_stacks_of_all(make_config, tmp_path):
     assert stages == ["wait for the ranks' data", "data"]
     assert "sleep_here" in (here / "rank-1.txt").read_text() and "sleep_here" not in (here / "rank-0.txt").read_text()
     assert "rank 1 on" in results[0]["log"] and "in stage 'data'" in results[0]["log"]
+    # the note for the other rank is out of the way of the next start, whose watchdogs look for one
+    run_ranks(2, train, config, 3)
+    (kept,) = (tmp_path / "run" / "hangs").iterdir()
+    assert kept.name.startswith("step-00000003-")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGUSR1", Exit.INTERRUPTED), ("SIGTERM", Exit.STOPPED)])

@@ -13,12 +13,17 @@ from megavlm.study.statistics import bootstrap, gain, retained
 from tests.study.test_spec import make_study  # noqa: F401
 
 
-def test_the_interval_of_a_mean_is_that_of_all_resamples():
-    values = np.array([0.0, 1.0, 5.0])
-    found = bootstrap(np.mean, values)
-    means = sorted(np.mean([a, b, c]) for a in values for b in values for c in values)
-    assert found.value == pytest.approx(2) and found.low == pytest.approx(np.quantile(means, 0.025))
-    assert found.high == pytest.approx(np.quantile(means, 0.975))
+def test_the_interval_of_few_seeds_is_their_range_and_of_many_the_bootstraps_percentiles():
+    found = bootstrap(np.mean, np.array([0.0, 1.0, 5.0]))
+    assert (found.value, found.low, found.high) == (pytest.approx(2), 0.0, 5.0)
+    values = np.random.default_rng(0).normal(size=40)
+    found, error = bootstrap(np.mean, values), values.std() / np.sqrt(40)
+    assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+
+
+def test_one_seed_against_the_others_is_enough_to_leave_a_question_open():
+    assert gain(np.array([-0.01, 0.5, 0.5]), np.zeros(3)).low < 0 < gain(np.array([0.01, 0.5, 0.5]), np.zeros(3)).low
 
 
 def test_pairing_by_seed_removes_what_seeds_share():
@@ -66,6 +71,7 @@ def test_only_seeds_that_are_complete_are_compared(make_study):  # noqa: F811
     found = results_of(make_study, quality)
     del found.runs["other", "joint", 1]
     assert found.seeds == [0, 2]
+    assert statements(summarize(found)) == ["With 2 complete seeds nothing is claimed; three are the least."]
 
 
 def test_a_study_from_nothing_and_again(make_study, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -85,3 +91,7 @@ def test_a_study_from_nothing_and_again(make_study, tmp_path, monkeypatch, capsy
     assert report["policies"]["dense"]["flops_share"]["value"] == 1.0
     # trained and judged once, although the study was given twice
     assert (folder / "runs" / "dense-joint-0" / "study.log").read_text().count("megavlm train") == 1
+    make_study(policies={"dense": {}}, seeds=[0], overrides=study.overrides | {"optimizer.num_steps": 1})
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "was begun with other settings" in capsys.readouterr().err

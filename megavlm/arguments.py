@@ -1,0 +1,75 @@
+"""Looks over a command line before fire runs it: fire itself notices what it cannot use only after the command has done its work."""
+
+import difflib
+import inspect
+from typing import Any, get_args
+
+from megavlm.errors import ConfigError
+
+
+def check_arguments(commands: Any, arguments: list[str]) -> list[str]:
+    """The arguments for fire; ``--help`` anywhere asks for the help of the command.
+
+    Args:
+        commands: The object whose methods, and whose attributes' methods, are the commands.
+        arguments: As typed, without the program.
+
+    Raises:
+        ConfigError: If the command takes no such flag or no so many values, or if a number is none.
+    """
+    command, path = commands, []
+    for name in arguments:
+        found = getattr(command, name.replace("-", "_"), None) if name[:1] not in "-_" else None
+        if found is None or inspect.isfunction(command) or inspect.ismethod(command):
+            break
+        command, path = found, [*path, name]
+    if {"--help", "-h"} & set(arguments):
+        return [*path, "--", "--help"]
+    if inspect.ismethod(command):
+        _check(" ".join(path), command, arguments[len(path) :])
+    return arguments
+
+
+def _check(name: str, command: Any, arguments: list[str]) -> None:
+    parameters = inspect.signature(command).parameters.values()
+    named = {p.name: p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD}
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    values, flags = _split(arguments)
+    for flag in flags:
+        if flag not in named and flag.removeprefix("no") not in named and not takes_all:
+            near = difflib.get_close_matches(flag, named, 1)
+            raise ConfigError(
+                f"{name}: there is no option --{flag}{f'. Did you mean --{near[0]}?' if near else ''}\n  do:    see megavlm {name} --help"
+            )
+    places = [n for n in named if n not in flags]
+    if len(values) > len(places):
+        raise ConfigError(
+            f"{name}: {values[len(places)]!r} is one value too many\n  do:    quote what has spaces; see megavlm {name} --help"
+        )
+    for place, value in [*zip(places, values), *flags.items()]:
+        kinds = {named[place].annotation, *get_args(named[place].annotation)} if place in named else set()
+        if value is not None and kinds & {int, float} and not _is_number(value):
+            raise ConfigError(f"{name}: {place} is a number, not {value!r}\n  do:    see megavlm {name} --help")
+
+
+def _split(arguments: list[str]) -> tuple[list[str], dict[str, str | None]]:
+    """Values by place, and flags with their values; a flag takes the next word, as fire has it, unless that is a flag."""
+    values, flags, rest = [], {}, arguments[: arguments.index("--")] if "--" in arguments else list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            values.append(word)
+            continue
+        flag, equals, value = word[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else None
+        flags[flag.replace("-", "_")] = value
+    return values, flags
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text == "None"
+    return True
