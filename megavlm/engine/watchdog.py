@@ -4,6 +4,8 @@
         rank-0.json     stage that the rank was in, and for how long
         rank-0.txt      the stacks of all its threads
 
+The next start renames the folder: a number is added.
+
 A rank hangs, the others wait for it: whoever notices first leaves a note in the run folder, and all ranks write. If
 some cannot, because they are stopped or dead, that too is in the report.
 """

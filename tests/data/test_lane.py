@@ -228,3 +228,15 @@ def test_other_shards_under_the_same_name_begin_anew_only_under_warn(make_factor
         make_factory(changed, num_lanes=1, when_sources_change="allow_add_remove")(0, state)
     lane = make_factory(changed, num_lanes=1, when_sources_change="warn")(0, state)
     assert lane.cursors[1].state == [0, 0, 0] and all(w.sample.coordinates.source == 0 for w in lane.waiting)
+
+
+def test_a_source_that_has_ended_stays_so_when_the_lane_goes_on(make_factory, corpus_sources):
+    """P10: what is aimed at depends on which sources are left."""
+    sources = corpus_sources | {"generation": corpus_sources["generation"] | {"epochs": 1}}
+    factory = make_factory(sources, num_lanes=4)
+    lane = factory(0)
+    while not lane.state()["sources"]["generation"]["finished"]:
+        next(lane)
+    resumed = factory(0, lane.state())
+    assert resumed.state() == lane.state()
+    assert [ids(next(resumed)[0]) for _ in range(5)] == [ids(next(lane)[0]) for _ in range(5)]

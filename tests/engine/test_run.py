@@ -1,0 +1,17 @@
+"""What a run folder refuses before anything is trained."""
+
+import pytest
+import torch
+
+from megavlm.engine.distributed import World
+from megavlm.engine.run import RunFolder
+from megavlm.errors import ConfigError
+
+
+def test_sources_that_all_end_are_refused(make_config, tmp_path):
+    """Their lanes end at different steps, and a rank without packs would leave the others waiting."""
+    config = make_config({}, tmp_path / "run")
+    ending = {name: source.model_copy(update={"epochs": 2}) for name, source in config.data.sources.items()}
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sources": ending})})
+    with pytest.raises(ConfigError, match="every source ends"):
+        RunFolder(config.run_dir).prepare(config, World(0, 1, 0, torch.device("cpu")))
