@@ -141,9 +141,12 @@ class Vocabulary:
         """The text of ids; special tokens and image codes are left out."""
         return self.text.decode([int(i) for i in ids if i < self.num_text])
 
-    def encode_codes(self, codes_hw: np.ndarray) -> np.ndarray:
-        """Codebook indices ``[h, w]`` to token ids ``[h*w]`` in raster order."""
-        return codes_hw.reshape(-1).astype(np.int64) + self.first_code
+    def encode_image(self, codes_hw: np.ndarray) -> np.ndarray:
+        """Codebook indices ``[h, w]`` to token ids ``[1 + h*w + 1]``: ``<boi>``, the codes in raster order, ``<eoi>``."""
+        ids = np.empty(codes_hw.size + 2, np.int64)
+        ids[0], ids[-1] = self.boi, self.eoi
+        np.add(codes_hw.reshape(-1), self.first_code, out=ids[1:-1])
+        return ids
 
     def decode_codes(self, ids: np.ndarray) -> np.ndarray:
         """Token ids of image codes, of any shape, to codebook indices."""

@@ -45,7 +45,8 @@ def test_ids_of_the_text_stay_and_the_rest_comes_after_the_rows(pretrained):
         assert vocabulary.decode_text([*vocabulary.encode_text(text), vocabulary.eos, vocabulary.first_code]) == text
     assert tokenizer.get_vocab_size() < ROWS
     assert (vocabulary.num_text, vocabulary.bos, vocabulary.first_code, vocabulary.size) == (ROWS, ROWS, ROWS + 5, ROWS + 5 + 17)
-    assert vocabulary.decode_codes(vocabulary.encode_codes(np.array([[16]]))) == [16]
+    ids = vocabulary.encode_image(np.array([[0, 16]]))
+    assert ids[0] == vocabulary.boi and ids[-1] == vocabulary.eoi and vocabulary.decode_codes(ids[1:-1]).tolist() == [0, 16]
 
 
 def test_nothing_in_a_text_becomes_a_special_token(pretrained):

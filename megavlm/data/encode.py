@@ -9,6 +9,7 @@ Worked example, generation (loss on the tokens marked ``*``, each predicted from
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from megavlm.data.sample import TASKS, Coordinates, Sample
 from megavlm.errors import DataError
 from megavlm.model.compressed_tokenizer import CompressedTokenizer, Features
 from megavlm.model.image_tokenizer import ImageTokenizer
-from megavlm.randomness import Purpose, stream
+from megavlm.randomness import Purpose, uniform
 from megavlm.vocabulary import Vocabulary
 
 UNDERSTANDING, GENERATION, TEXT = range(len(TASKS))
@@ -43,6 +44,18 @@ class Span:
         return GENERATION if self.has_loss else UNDERSTANDING
 
 
+class Layout(NamedTuple):
+    """What the cost of a sample depends on."""
+
+    num_tokens: int
+    num_labels: int
+    """Tokens with a loss."""
+    num_prompt: int
+    """Tokens of a generation prompt that predict nothing."""
+    spans: tuple[tuple[int, int], ...]
+    """(length, task) of its image spans."""
+
+
 @dataclass(frozen=True)
 class EncodedSample:
     """A sample as the model sees it.
@@ -64,6 +77,11 @@ class EncodedSample:
     def num_tokens(self) -> int:
         return len(self.tokens)
 
+    @cached_property
+    def layout(self) -> Layout:
+        spans = tuple((span.length, span.task) for span in self.spans)
+        return Layout(self.num_tokens, int(np.count_nonzero(self.has_loss)), len(self.prompt_places), spans)
+
     @property
     def first_label(self) -> int:
         """The first token with a loss, or the length if there is none."""
@@ -74,7 +92,7 @@ class EncodedSample:
         """Places of a generation sample's prompt that predict nothing: text before the token that predicts the first label."""
         if self.task != GENERATION:
             return np.zeros(0, np.int64)
-        is_prompt = np.arange(self.num_tokens) < self.first_label - 1
+        is_prompt = np.ones(max(0, self.first_label - 1), bool)
         for span in self.spans:
             is_prompt[span.start : span.start + span.length] = False
         return np.flatnonzero(is_prompt)
@@ -115,40 +133,34 @@ class Encoder:
             DataError: Without a place, where codes lie outside the codebook or have the wrong grid.
         """
         vocabulary = self.vocabulary
-        # losses and tasks of runs of tokens: <bos>, the segments, <eos>
-        parts, lengths, losses, tasks, spans = [[vocabulary.bos]], [1], [False], [TEXT], []
+        # runs of ids, each with its loss and task: <bos>, the segments, <eos>
+        runs, spans, num_tokens = [([vocabulary.bos], False, TEXT)], [], 1
         text_task = TEXT if sample.task == "text" else UNDERSTANDING
         unconditional = sample.task == "generation" and self._is_unconditional(sample.coordinates)
-        num_tokens = 1
         for segment in sample.segments:
             task = text_task
             if segment.image is not None:
                 codes_hw, features = self._codes(segment.image, sample.images[segment.image], segment.loss)
                 spans.append(Span(num_tokens + 1, *codes_hw.shape, segment.loss, features))
-                parts += [[vocabulary.boi], vocabulary.encode_codes(codes_hw)]
-                num_new = codes_hw.size + 2
-                new, task = [vocabulary.eoi], GENERATION if segment.loss else text_task
+                ids = vocabulary.encode_image(codes_hw)
+                task = GENERATION if segment.loss else text_task
             else:
                 drop = unconditional and not segment.loss
-                new = [vocabulary.unconditional] if drop else vocabulary.encode_text(segment.text)
-                num_new = len(new)
-            parts.append(new)
-            num_tokens += num_new
-            lengths.append(num_new)
-            losses.append(segment.loss)
-            tasks.append(task)
+                ids = [vocabulary.unconditional] if drop else vocabulary.encode_text(segment.text)
+            runs.append((ids, segment.loss, task))
+            num_tokens += len(ids)
+        runs.append(([vocabulary.eos], *runs[-1][1:]))
+        tokens, has_loss, tasks = (np.empty(num_tokens + 1, dtype) for dtype in (np.int64, bool, np.int8))
+        end = 0
+        for ids, loss, task in runs:
+            begin, end = end, end + len(ids)
+            tokens[begin:end], has_loss[begin:end], tasks[begin:end] = ids, loss, task
         return EncodedSample(
-            key=sample.key,
-            coordinates=sample.coordinates,
-            tokens=np.concatenate([*parts, [vocabulary.eos]]).astype(np.int64, copy=False),
-            has_loss=np.repeat([*losses, losses[-1]], [*lengths, 1]),
-            tasks=np.repeat([*tasks, tasks[-1]], [*lengths, 1]),
-            spans=tuple(spans),
-            task=TASKS.index(sample.task),
+            sample.key, sample.coordinates, tokens, has_loss, tasks, tuple(spans), task=TASKS.index(sample.task)
         )
 
     def _is_unconditional(self, coordinates: Coordinates) -> bool:
-        return stream(self.seed, Purpose.SAMPLE, *coordinates[:4]).random() < self.unconditional_ratio
+        return uniform(self.seed, Purpose.SAMPLE, *coordinates[:4]) < self.unconditional_ratio
 
     def _codes(self, name: str, image: np.ndarray, has_loss: bool) -> tuple[np.ndarray, Features | None]:
         """Codes of an image, and the features of one that is read, where the tokenizer is a compressed one that gives them."""

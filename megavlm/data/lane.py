@@ -17,7 +17,6 @@ within the current shards; `Lane.read_again` says how many samples that were.
 
 import logging
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from megavlm.data.cursor import Cursor
 from megavlm.data.encode import EncodedSample, Encoder
 from megavlm.data.mixture import Mixture, target_flops, token_shares
 from megavlm.data.overlong import encode_within
-from megavlm.data.pack import Costing, Layout, Pack, build_pack
+from megavlm.data.pack import Costing, Pack, build_pack
 from megavlm.data.packer import choose
 from megavlm.data.sample import Coordinates
 from megavlm.data.shards import Members, read_shard
@@ -40,13 +39,6 @@ log = logging.getLogger(__name__)
 
 COUNTS = ("errors", "skipped", "truncated", "split")
 """What a lane counts: data errors, and over-long samples by what became of them."""
-
-
-class Waiting(NamedTuple):
-    """A place in the look-ahead."""
-
-    sample: EncodedSample
-    layout: Layout
 
 
 class Lane:
@@ -89,7 +81,7 @@ class Lane:
         self.read_again = {"look_ahead": 0, "heads": sum(entry["cursor"][2] for entry in entries)}
         self.waiting = self._read_waiting([Coordinates(*place) for place in state["waiting"]])
         self._finished = {number for number, entry in enumerate(entries) if entry["finished"]}
-        self._costs: tuple = (None, [])
+        self._costs: tuple = (None, np.zeros((0, costing.plan.num_stages + 1)))
         self._target: tuple = (None, None)
         if state["pack"]:
             log.info(
@@ -118,15 +110,15 @@ class Lane:
         step = self.num_packs
         chosen = choose(
             self._waiting_costs(step),
-            np.array([waiting.layout.num_tokens for waiting in self.waiting]),
+            np.array([len(sample.tokens) for sample in self.waiting]),
             self._target_at(step),
             self.settings.pack_tokens,
             stream(self.seed, Purpose.PACKING, self.number, step),
         )
-        samples = [self.waiting[i].sample for i in chosen]
-        taken = set(chosen)
-        self.waiting = [waiting for i, waiting in enumerate(self.waiting) if i not in taken]
-        self._costs = (self._costs[0], [costs for i, costs in enumerate(self._costs[1]) if i not in taken])
+        samples = [self.waiting[i] for i in chosen]
+        for i in reversed(chosen):
+            del self.waiting[i]
+        self._costs = (self._costs[0], np.delete(self._costs[1], chosen, axis=0))
         self.num_packs += 1
         return samples
 
@@ -139,7 +131,7 @@ class Lane:
                 source.name: {"mark": source.mark, "cursor": list(cursor.state), "pass": level, "finished": number in self._finished}
                 for number, (source, cursor, level) in enumerate(zip(self.sources, self.cursors, self.passes))
             },
-            "waiting": [list(waiting.sample.coordinates) for waiting in self.waiting],
+            "waiting": [list(sample.coordinates) for sample in self.waiting],
         }
 
     def _beginning(self) -> State:
@@ -161,10 +153,12 @@ class Lane:
         return state
 
     def _waiting_costs(self, step: int) -> np.ndarray:
-        moment, costs = self.costing.moment(step), self._costs[1] if self._costs[0] == self.costing.moment(step) else []
-        costs += [self.costing.flops(waiting.layout, step) for waiting in self.waiting[len(costs) :]]
-        self._costs = (moment, costs)
-        return np.array(costs)
+        moment = self.costing.moment(step)
+        # as long as the costs stay what they were, only those of new samples are missing
+        known = self._costs[1] if self._costs[0] == moment else self._costs[1][:0]
+        new = [self.costing.flops(sample.layout, step) for sample in self.waiting[len(known) :]]
+        self._costs = (moment, np.concatenate([known, np.reshape(new, (-1, known.shape[1]))]))
+        return self._costs[1]
 
     def _target_at(self, step: int) -> np.ndarray:
         when = (self.costing.moment(step), frozenset(self._finished))
@@ -184,7 +178,7 @@ class Lane:
         try:
             encoded = self._encode(*next(self.cursors[number]))
             num_tokens = sum(sample.num_tokens for sample in encoded) or num_tokens
-            self.waiting += [Waiting(sample, Layout.of(sample)) for sample in encoded]
+            self.waiting += encoded
         except StopIteration:
             self._finished.add(number)
             log.info("lane %d has come to the end of source %s", self.number, source.name)
@@ -211,7 +205,7 @@ class Lane:
                 log.warning("lane %d, over-long sample %s (%d so far): %s", self.number, action, self.counts[action], place)
         return encoded
 
-    def _read_waiting(self, places: list[Coordinates]) -> list[Waiting]:
+    def _read_waiting(self, places: list[Coordinates]) -> list[EncodedSample]:
         wanted: dict[tuple[int, int], dict[int, list[Coordinates]]] = {}
         for place in places:
             wanted.setdefault((place.source, place.shard), {}).setdefault(place.index, []).append(place)
@@ -226,4 +220,4 @@ class Lane:
                 if index == last:
                     break
         self.counts = counts  # these were counted when they were first read
-        return [Waiting(found[place], Layout.of(found[place])) for place in places]
+        return [found[place] for place in places]

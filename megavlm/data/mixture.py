@@ -7,10 +7,10 @@ from itertools import islice
 import numpy as np
 
 from megavlm.data import formats
-from megavlm.data.encode import Encoder, GridOnly
+from megavlm.data.encode import Encoder, GridOnly, Layout
 from megavlm.data.index import read_index
 from megavlm.data.overlong import encode_within
-from megavlm.data.pack import Costing, Layout
+from megavlm.data.pack import Costing
 from megavlm.data.sample import Coordinates
 from megavlm.data.shards import read_shard
 from megavlm.data.sources import Source
@@ -79,7 +79,7 @@ def _estimate(
             place = Coordinates(number, 0, shard, index)
             try:
                 sample = formats.parse(key, members, source.settings, place, encoder.seed)
-                layouts = [Layout.of(piece) for piece in encode_within(sample, encoder, max_tokens, over_long)[0]]
+                layouts = [piece.layout for piece in encode_within(sample, encoder, max_tokens, over_long)[0]]
             except DataError:
                 continue  # counted and reported when a lane comes to it
             for layout in layouts:

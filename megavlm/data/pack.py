@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from megavlm.costs import ModelShape
-from megavlm.data.encode import GENERATION, UNDERSTANDING, EncodedSample, Span
+from megavlm.data.encode import GENERATION, UNDERSTANDING, EncodedSample, Layout, Span
 from megavlm.data.sample import TASKS, Coordinates
 from megavlm.randomness import Purpose, stream
 from megavlm.routing.route import BIAS_WIDTH, PackLayout, Route, RoutingPlan, Sequences, Stage
@@ -86,23 +85,6 @@ class Pack:
         return self.map_tensors(torch.Tensor.pin_memory)
 
 
-class Layout(NamedTuple):
-    """What the cost of a sample depends on."""
-
-    num_tokens: int
-    num_labels: int
-    """Tokens with a loss."""
-    num_prompt: int
-    """Tokens of a generation prompt that predict nothing."""
-    spans: tuple[tuple[int, int], ...]
-    """(length, task) of its image spans."""
-
-    @classmethod
-    def of(cls, sample: EncodedSample) -> "Layout":
-        spans = tuple((span.length, span.task) for span in sample.spans)
-        return cls(sample.num_tokens, int(sample.has_loss.sum()), len(sample.prompt_places), spans)
-
-
 class Costing:
     """What samples cost under a routing plan: the vector that the packer equalises.
 
@@ -115,6 +97,7 @@ class Costing:
         self.plan, self.shape = plan, shape
         # layouts recur, and so do steps at which the shares are the same
         self._cached = lru_cache(maxsize=65536)(self._flops)
+        self.dense_flops = lru_cache(maxsize=65536)(self._dense_flops)
 
     def __reduce__(self):
         return Costing, (self.plan, self.shape)  # the cache does not travel
@@ -138,7 +121,7 @@ class Costing:
         stages = plan.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)
         return np.append(stages, layout.num_labels * self.shape.head_flops_per_row)
 
-    def dense_flops(self, layout: Layout) -> float:
+    def _dense_flops(self, layout: Layout) -> float:
         """Forward FLOPs of a sample without a route, head included."""
         layers = self.shape.num_layers * self.shape.layers_flops(layout.num_tokens)
         return float(layers + layout.num_labels * self.shape.head_flops_per_row)
@@ -156,18 +139,18 @@ def build_pack(
     rng = stream(seed, Purpose.SELECTION, lane, step)
     tokens = np.concatenate([sample.tokens for sample in samples])
     tasks = np.concatenate([sample.tasks for sample in samples])
-    sources = np.repeat([sample.coordinates.source for sample in samples], lengths)
-    layouts = [Layout.of(sample) for sample in samples]
+    layouts = [sample.layout for sample in samples]
     labelled = np.flatnonzero(np.concatenate([sample.has_loss for sample in samples]))
-    groups = sources[labelled] * len(TASKS) + tasks[labelled]
+    sources = np.repeat([sample.coordinates.source for sample in samples], [layout.num_labels for layout in layouts])
+    groups = sources * len(TASKS) + tasks[labelled]
     layout = PackLayout(
         lengths=lengths,
         spans=spans,
         starts=starts,
-        question_ends=_question_ends(samples, offsets),
+        labelled_rows=labelled,
         prompt_rows=np.concatenate([offset + sample.prompt_places for offset, sample in zip(offsets, samples)]),
     )
-    costs = np.stack([costing.flops(layout, step) for layout in layouts])
+    costs = np.array([costing.flops(layout, step) for layout in layouts])
     of_task = np.eye(len(TASKS))[[sample.task for sample in samples]]
     kept_sN = plan.kept_tokens([s.length for s in spans], [s.task for s in spans], strength)
     span_tasks = np.array([span.task for span in spans], np.int64)
@@ -191,16 +174,6 @@ def build_pack(
         kept_tokens=np.stack([kept_sN[:, span_tasks == task].sum(1) for task in range(2)], axis=1),
         image_tokens=np.array([sum(span.length for span in spans if span.task == task) for task in range(2)]),
     )
-
-
-def _question_ends(samples: list[EncodedSample], offsets: np.ndarray) -> np.ndarray:
-    """For each span the row of the first token with a loss after it, or the end of its sample."""
-    ends = []
-    for sample, offset in zip(samples, offsets):
-        labelled = np.append(np.flatnonzero(sample.has_loss), sample.num_tokens)
-        for span in sample.spans:
-            ends.append(offset + labelled[np.searchsorted(labelled, span.start + span.length)])
-    return np.array(ends, np.int64)
 
 
 def _features(spans: list[Span], starts: np.ndarray) -> dict[str, torch.Tensor]:

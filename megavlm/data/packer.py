@@ -44,16 +44,18 @@ def choose(
     mean_c = costs_nc.mean(0)
     if mean_c.sum() > 0:
         target_c = (1 - LEAN) * target_c + LEAN * mean_c / mean_c.sum()
+    kinds_n = _kinds(np.column_stack([costs_nc, tokens_n]))
+    num_kinds = kinds_n.max() + 1
     best = None
     for _ in range(MAX_ATTEMPTS):
-        search = _Search(costs_nc, tokens_n, target_c, max_tokens)
+        search = _Search(costs_nc, tokens_n, kinds_n, target_c, max_tokens)
         search.fill(rng)
         search.improve(rng)
-        # where the samples are all alike, another filling ends at the same place
-        stuck = best is not None and search.distance >= best.distance - 1e-9
-        if not stuck:
-            best = search
-        if stuck or best.distance < POOR:
+        # where the samples are much alike, another filling ends at the same place
+        if best is not None and search.distance >= best.distance - 1e-9:
+            break
+        best = search
+        if best.distance < POOR or num_kinds <= best.chosen.sum():
             break
     return np.flatnonzero(best.chosen).tolist()
 
@@ -62,24 +64,28 @@ def _merge_proportional(costs_nc: np.ndarray, target_c: np.ndarray) -> tuple[np.
     """Add up entries that are multiples of each other, such as layers that keep equally many tokens: they say the same."""
     sums_c = costs_nc.sum(0)
     used = np.flatnonzero(sums_c)
-    # a projection tells columns apart: equal profiles give equal numbers
-    projection = np.modf(np.arange(1, len(costs_nc) + 1) * 0.6180339887498949)[0]
-    marks = np.round(projection @ (costs_nc[:, used] / sums_c[used]), 9)
-    _, group = np.unique(marks, return_inverse=True)
-    member_cg = np.zeros((len(used), group.max() + 1 if len(used) else 0))
+    group = _kinds((costs_nc[:, used] / sums_c[used]).T)
+    member_cg = np.zeros((len(used), group.max(initial=-1) + 1))
     member_cg[np.arange(len(used)), group] = 1
     return costs_nc[:, used] @ member_cg, target_c[used] @ member_cg
+
+
+def _kinds(rows_nc: np.ndarray) -> np.ndarray:
+    """Numbers from 0 on, the same for equal rows."""
+    # a projection tells rows apart: equal ones give equal numbers
+    projection = np.modf(np.arange(1, rows_nc.shape[1] + 1) * 0.6180339887498949)[0]
+    return np.unique(np.round(rows_nc @ projection, 9), return_inverse=True)[1]
 
 
 class _Search:
     """A pack in the making: which samples it has, what cost it misses and how many tokens have room."""
 
-    def __init__(self, costs_nc: np.ndarray, tokens_n: np.ndarray, target_c: np.ndarray, max_tokens: int):
+    def __init__(self, costs_nc: np.ndarray, tokens_n: np.ndarray, kinds_n: np.ndarray, target_c: np.ndarray, max_tokens: int):
         # the last entry is the total, so that one sum of absolute values judges stages and total together;
         # the last sample stands for none: it costs nothing
         self.costs_nc = np.zeros((len(costs_nc) + 1, costs_nc.shape[1] + 1))
         self.costs_nc[:-1, :-1], self.costs_nc[:-1, -1] = costs_nc, TOTAL_WEIGHT * costs_nc.sum(1)
-        self.tokens_n = np.append(tokens_n, 0)
+        self.tokens_n, self.kinds_n = np.append(tokens_n, 0), kinds_n
         self.missing_c = np.append(target_c, TOTAL_WEIGHT * target_c.sum())
         self.room = max_tokens
         self.chosen = np.zeros(len(tokens_n), bool)
@@ -94,8 +100,10 @@ class _Search:
         # exponential waiting times make a weighted order without replacement (Efraimidis & Spirakis 2006)
         num = len(self.chosen)
         order = np.argsort(rng.exponential(size=num) / np.linspace(2.0, 1.0, num))
-        missing, room, taken = self.missing_c[-1], self.room, []
+        missing, room, taken, shortest = self.missing_c[-1], self.room, [], self.tokens_n[:-1].min()
         for i, cost, tokens in zip(order.tolist(), self.costs_nc[order, -1].tolist(), self.tokens_n[order].tolist()):
+            if room < shortest:
+                break
             if i and tokens <= room and cost <= missing:
                 missing, room = missing - cost, room - tokens
                 taken.append(i)
@@ -107,13 +115,14 @@ class _Search:
         for _ in range(MAX_MOVES):
             if self.distance < TOLERANCE:
                 return
-            # the oldest stays
-            inside, outside = np.flatnonzero(self.chosen)[1:], np.flatnonzero(~self.chosen)
+            # the oldest stays; of samples that are alike, the youngest leaves first and the oldest comes first
+            inside = self._first_of_each_kind(np.flatnonzero(self.chosen)[:0:-1])
+            outside = self._first_of_each_kind(np.flatnonzero(~self.chosen))
             out_singles = np.append(inside, none)[:, None]
             if self._exchange_for_one(out_singles, np.append(outside, none)):
                 continue
             if pairs is None:
-                pairs = self._sorted_pairs(rng.permutation(outside)[:POOL])
+                pairs = self._sorted_pairs(rng)
             out_pairs = np.hstack([out_singles, np.full_like(out_singles, none)])
             if not self._exchange_for_two(np.vstack([out_pairs, _pairs(inside)]), *pairs):
                 return
@@ -130,9 +139,17 @@ class _Search:
         o, p = np.unravel_index(distances_op.argmin(), distances_op.shape)
         return self._exchange_if_closer(distances_op[o, p], out_ok[o], into_p[p : p + 1])
 
-    def _sorted_pairs(self, pool: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All pairs of some samples by their total cost: indices ``[P, 2]``, costs ``[P, c]``, tokens ``[P]``."""
-        pairs_p2 = _pairs(pool)
+    def _first_of_each_kind(self, indices: np.ndarray) -> np.ndarray:
+        first = np.full(len(self.chosen), -1)
+        first[self.kinds_n[indices[::-1]]] = indices[::-1]  # of those assigned to one place the last one stays
+        return first[first >= 0]
+
+    def _sorted_pairs(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All pairs of some samples outside by their total cost: indices ``[P, 2]``, costs ``[P, c]``, tokens ``[P]``."""
+        outside = np.flatnonzero(~self.chosen)
+        first = self._first_of_each_kind(outside)
+        second = self._first_of_each_kind(np.setdiff1d(outside, first, assume_unique=True))
+        pairs_p2 = _pairs(rng.permutation(np.concatenate([first, second]))[:POOL])
         costs_pc = self.costs_nc[pairs_p2[:, 0]] + self.costs_nc[pairs_p2[:, 1]]
         order = np.argsort(costs_pc[:, -1])
         pairs_p2 = pairs_p2[order]

@@ -1,8 +1,4 @@
-"""Shards: naming and reading. A shard is a tar of samples, a JSONL file of one sample per line, or a JSON file with a list of them.
-
-The tar loop is our own over ``tarfile``, because WebDataset's iterator takes a shard that was cut or damaged at a member's
-header for one that ends there; here every way of being incomplete is an error.
-"""
+"""Shards: naming and reading. A shard is a tar of samples, a JSONL file of one sample per line, or a JSON file with a list of them."""
 
 import json
 import os
@@ -13,6 +9,7 @@ from typing import BinaryIO
 import braceexpand
 from webdataset.tariterators import base_plus_ext
 
+from megavlm.data.tar import read_members
 from megavlm.data.urls import Opener, is_local, local_path
 from megavlm.errors import ConfigError, DataError
 
@@ -73,32 +70,23 @@ def read_shard(
 
 
 def _read_tar(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictHeader, bufsize=1 << 18) as tar:
-        key, members = None, {}
-        for member in tar:
-            # the archive would remember every header to the end
-            tar.members.clear()
-            if not member.isfile():
-                continue
-            base, extension = base_plus_ext(member.name)
-            if base is None:
-                continue
-            extension = extension.lower()
-            # a repeated extension begins another sample of the same name: nothing is lost
-            if base != key or extension in members:
-                if members:
-                    yield key, members
-                key, members = base, {}
-            if member.size > MAX_MEMBER_BYTES:
-                members[PROBLEM] = f"member {extension} has {member.size} bytes, the limit is {MAX_MEMBER_BYTES}".encode()
-                continue
-            # the stream stands where the content begins; `extractfile` wraps it twice, which costs more than reading
-            content = tar.extractfile(member).read() if member.issparse() else tar.fileobj.read(member.size)
-            if member.size < 0 or len(content) < member.size:
-                raise tarfile.ReadError("unexpected end of data")
+    key, members = None, {}
+    for name, size, content in read_members(stream, MAX_MEMBER_BYTES):
+        base, extension = base_plus_ext(name)
+        if base is None:
+            continue
+        extension = extension.lower()
+        # a repeated extension begins another sample of the same name: nothing is lost
+        if base != key or extension in members:
+            if members:
+                yield key, members
+            key, members = base, {}
+        if content is None:
+            members[PROBLEM] = f"member {extension} has {size} bytes, the limit is {MAX_MEMBER_BYTES}".encode()
+        else:
             members[extension] = content
-        if members:
-            yield key, members
+    if members:
+        yield key, members
 
 
 def _read_lines(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
@@ -118,29 +106,3 @@ def _read_list(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
     for number, record in enumerate(records):
         key = record.get("id") if isinstance(record, dict) else None
         yield str(key if key is not None else f"{number:08d}"), {"json": json.dumps(record).encode()}
-
-
-class _StrictHeader(tarfile.TarInfo):
-    """Only a block of zeros ends an archive; ``tarfile`` lets a missing or damaged header end it too."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        """Of a regular file only what is used here: checksum, name and size. Owner, times and the like take most of ``tarfile``'s time."""
-        regular = len(buf) == tarfile.BLOCKSIZE and buf[156:157] == tarfile.REGTYPE
-        # the sum counts its own field as blanks; whatever else may still be a header is for tarfile to say
-        if not regular or tarfile.nti(buf[148:156]) != sum(buf[:148]) + sum(b" " * 8) + sum(buf[156:]):
-            return super().frombuf(buf, encoding, errors)
-        member = cls(tarfile.nts(buf[:100], encoding, errors))
-        member.size = tarfile.nti(buf[124:136])
-        if prefix := tarfile.nts(buf[345:500], encoding, errors):
-            member.name = f"{prefix}/{member.name}"
-        return member

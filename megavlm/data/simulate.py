@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megavlm.costs import ModelShape
-from megavlm.data.encode import GENERATION, UNDERSTANDING
+from megavlm.data.encode import GENERATION, UNDERSTANDING, Layout
 from megavlm.data.mixture import Mixture, SourceMixture, target_flops, token_shares
-from megavlm.data.pack import Costing, Layout
+from megavlm.data.pack import Costing
 from megavlm.data.packer import choose
 from megavlm.errors import ConfigError
 from megavlm.randomness import Purpose, stream

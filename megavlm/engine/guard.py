@@ -49,6 +49,10 @@ class Guard:
         self._loss = self._norm_of = None
         self.num_skipped = self.num_skipped_in_a_row = 0
 
+    def begin_anew(self) -> None:
+        """Forget what was usual: from now on the model does something else."""
+        self._count.zero_()
+
     def expect(self, loss: torch.Tensor, norm_of: Callable[[], torch.Tensor]) -> None:
         """Announce a step.
 

@@ -124,9 +124,14 @@ class Schedule:
     warmup_fraction: float
     dense_finish_fraction: float
 
+    @property
+    def first_dense_step(self) -> int:
+        """Where the dense finish begins."""
+        return round(self.num_steps * (1 - self.dense_finish_fraction))
+
     def strength(self, step: int) -> float:
         """0 is dense, 1 is the policy in full."""
-        if step >= round(self.num_steps * (1 - self.dense_finish_fraction)):
+        if step >= self.first_dense_step:
             return 0.0
         warmup_steps = self.num_steps * self.warmup_fraction
         return min(1.0, step / warmup_steps) if warmup_steps else 1.0
@@ -147,8 +152,8 @@ class PackLayout:
     """Image spans (``height``, ``width``, ``length``, ``task``)."""
     starts: np.ndarray
     """Row at which each span starts ``[N]``."""
-    question_ends: np.ndarray
-    """First row with a loss after each span, or the end of its sequence ``[N]``."""
+    labelled_rows: np.ndarray
+    """Rows of tokens with a loss, ascending."""
     prompt_rows: np.ndarray
     """Rows of generation prompts that predict nothing."""
 
@@ -252,14 +257,15 @@ class _RouteBuilder:
 
     def _stage(self, s: int, first: int, end: int) -> Stage:
         plans, kept_N = self.plan.plans[s], self.kept_sN[s]
-        num_rows = self.ends[-1]
-        is_active, is_fixed = np.ones(num_rows, bool), np.ones(num_rows, bool)
+        is_active = np.ones(self.ends[-1], bool)
         choices = []
         for task, plan in enumerate(plans):
             # a task without spans chooses all the same: its modules must be called on every rank (P7)
             if self.plan.is_device_choice(task, plan) and plan != DENSE:
                 choices.append(self._choice(task, plan, kept_N))
         on_device = {choice.task for choice in choices}
+        # rows that are active whatever the device decides
+        is_fixed = is_active.copy() if choices else is_active
         for n, (span, start, kept) in enumerate(zip(self.layout.spans, self.layout.starts, kept_N)):
             rows = slice(start, start + span.length)
             if span.task in on_device:
@@ -269,21 +275,16 @@ class _RouteBuilder:
                 is_active[rows] = is_fixed[rows] = self._select(n, plans[span.task], kept)
             else:
                 self.is_alive[n][:] = True
-        injections = [self._injected(task, is_active) for task in (0, 1) if plans[task].how == "inject"]
-        for _, rows in injections:
+        injected = {task: self._injected(task) for task in (0, 1) if plans[task].how == "inject"}
+        for rows in injected.values():
             is_active[rows] = is_fixed[rows] = False
-        together = is_active.copy()
-        for _, rows in injections:
-            together[rows] = True
-        sequences = self._sequences(together)
-        return Stage(
-            first,
-            end,
-            self._sequences(is_active),
-            None if is_fixed.all() else torch.from_numpy(np.flatnonzero(is_fixed)),
-            choices,
-            [Injection(task, torch.from_numpy(rows), sequences) for task, rows in injections],
-        )
+        sequences = self._sequences(is_active)
+        active_K = None if is_fixed.all() else torch.from_numpy(np.flatnonzero(is_fixed))
+        for rows in injected.values():
+            is_active[rows] = True
+        together = self._sequences(is_active) if injected else None
+        injections = [Injection(task, torch.from_numpy(rows), together) for task, rows in injected.items()]
+        return Stage(first, end, sequences, active_K, choices, injections)
 
     def _select(self, n: int, plan: LayerPlan, kept: int) -> np.ndarray:
         """Active tokens of a span as its host selector chooses, as a mask."""
@@ -306,19 +307,20 @@ class _RouteBuilder:
         quota = np.repeat(np.array(kept, np.int64), lengths)
         return Choice(task, plan, kept, torch.from_numpy(_concatenated(take)), torch.from_numpy(quota))
 
-    def _injected(self, task: int, is_active: np.ndarray) -> tuple[int, np.ndarray]:
+    def _injected(self, task: int) -> np.ndarray:
         if task == GENERATION:
-            return task, self.layout.prompt_rows
+            return self.layout.prompt_rows
         spans = zip(self.layout.spans, self.layout.starts)
-        return task, _concatenated([np.arange(a, a + span.length) for span, a in spans if span.task == task])
+        return _concatenated([np.arange(a, a + span.length) for span, a in spans if span.task == task])
 
     def _sequences(self, is_active: np.ndarray) -> Sequences:
-        rows = np.flatnonzero(is_active)
-        return Sequences.of(np.diff(np.searchsorted(rows, self.ends), prepend=0))
+        return Sequences.of(np.add.reduceat(is_active, self.ends - self.layout.lengths, dtype=np.int64))
 
     def _candidates(self, task: int) -> Candidates:
         layout = self.layout
         chosen = [n for n, span_task in enumerate(self.tasks) if span_task == task]
+        # a question ends at the first row with a loss after its image, or with its sequence
+        stops = np.union1d(layout.labelled_rows, self.ends)
         rows, neighbours, questions = [], [], []
         for n in chosen:
             span, start = layout.spans[n], layout.starts[n]
@@ -328,7 +330,7 @@ class _RouteBuilder:
             inside = [y > 0, y < span.height - 1, x > 0, x < span.width - 1]
             steps = [-span.width, span.width, -1, 1]
             neighbours.append(np.stack([np.where(here, own + step, own) for here, step in zip(inside, steps)], 1))
-            questions.append(np.arange(start + span.length, layout.question_ends[n]))
+            questions.append(np.arange(start + span.length, stops[np.searchsorted(stops, start + span.length)]))
         lengths = np.array([len(r) for r in rows], np.int64)
         return Candidates(
             lengths=lengths.tolist(),

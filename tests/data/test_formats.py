@@ -81,13 +81,9 @@ def test_interleaved_documents_hold_both_tasks(make_factory, tmp_path):
     write_shard(tmp_path / "a.tar", [(str(i), members) for i in range(30)])
     sources = {"a": {"shards": str(tmp_path / "a.tar"), "format": "interleaved", "epochs": 1}}
     factory = make_factory(sources, num_lanes=1)
-    spans = [w.spans for w in (waiting.sample for waiting in _looked_ahead(factory(0)))]
-    assert any({span.task for span in of_sample} == {UNDERSTANDING, GENERATION} for of_sample in spans)
-
-
-def _looked_ahead(lane):
+    lane = factory(0)
     next(lane)
-    return lane.waiting
+    assert any({span.task for span in sample.spans} == {UNDERSTANDING, GENERATION} for sample in lane.waiting)
 
 
 def test_text_lines_and_a_users_own_format(tmp_path, make_factory):

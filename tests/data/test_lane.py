@@ -124,7 +124,7 @@ def test_repeat_needs_sizes_and_counts_by_them(make_factory, tmp_path):
     from megavlm.data.index import write_index
 
     for name, size in (("a", 10), ("b", 30)):
-        write_shard(tmp_path / f"{name}.tar", [(str(i), pair("generation", 2)) for i in range(size)])
+        write_shard(tmp_path / f"{name}.tar", [(str(i), pair("understanding", 2)) for i in range(size)])
     sources = {"a": {"shards": f"{tmp_path}/a.tar", "repeat": 2}, "b": {"shards": f"{tmp_path}/b.tar", "repeat": 1}}
     with pytest.raises(ConfigError, match="the number of its samples is not known"):
         make_factory(sources)(0)
@@ -213,7 +213,7 @@ def test_changed_sources_are_refused_or_accounted_for(make_factory, three_source
     lane = factory(0, state)
     assert (f"{change}: " in caplog.text) == (change != "swapped")
     saved = [(before[p[0]], *p[1:]) for p in state["waiting"] if before[p[0]] in after]
-    assert [(after[w.sample.coordinates.source], *w.sample.coordinates[1:]) for w in lane.waiting] == saved
+    assert [(after[w.coordinates.source], *w.coordinates[1:]) for w in lane.waiting] == saved
     # those that stayed go on where they were: nothing of an epoch is seen twice
     pack_ids = [(after[i[0]], *i[1:]) for _ in range(3) for i in ids(next(lane)[0])]
     ended = {name: state["sources"][name]["cursor"] for name in before}
@@ -227,7 +227,7 @@ def test_other_shards_under_the_same_name_begin_anew_only_under_warn(make_factor
     with pytest.raises(ConfigError, match="changed: b"):
         make_factory(changed, num_lanes=1, when_sources_change="allow_add_remove")(0, state)
     lane = make_factory(changed, num_lanes=1, when_sources_change="warn")(0, state)
-    assert lane.cursors[1].state == [0, 0, 0] and all(w.sample.coordinates.source == 0 for w in lane.waiting)
+    assert lane.cursors[1].state == [0, 0, 0] and all(w.coordinates.source == 0 for w in lane.waiting)
 
 
 def test_a_source_that_has_ended_stays_so_when_the_lane_goes_on(make_factory, corpus_sources):

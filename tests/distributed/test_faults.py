@@ -39,6 +39,14 @@ def test_nan_in_one_ranks_gradient_skips_the_step_on_all(make_config, tmp_path, 
     assert {task for pack in again["packs"] for task in pack["loss"]} == {"understanding", "generation"}
 
 
+def test_the_guard_begins_anew_with_the_dense_finish(make_config, tmp_path):
+    """Few tokens, then all of them: the loss jumps. Ten such steps in a row once ended a run."""
+    settings = {"optimizer.num_steps": 6, "checkpoint.every_steps": 2, "routing.dense_finish_fraction": 0.5}
+    run_ranks(1, train, make_config(settings, tmp_path / "run"), 4)
+    states = [json.loads((path / "state.json").read_text()) for path in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))]
+    assert [state["guard"]["count"] for state in states] == [2, 1], "after step 2 of the route, after step 1 of the finish"
+
+
 def test_replay_finds_the_module_that_is_not_finite(make_config, tmp_path, monkeypatch):
     from megavlm.model.backbone import Backbone
 

@@ -49,6 +49,15 @@ def test_a_spike_of_loss_or_norm_is_bad_once_the_window_is_full():
     assert guard.num_skipped_in_a_row == 0
 
 
+def test_what_was_usual_is_forgotten():
+    guard = filled()
+    guard.begin_anew()
+    assert not judge(guard, 9.0, 9.0), "nothing is a spike until the window is full again"
+    for step in range(SETTINGS.spike_window_steps - 1):
+        assert not judge(guard, 9.0 + 0.1 * (step % 2), 9.0, step)
+    assert judge(guard, 12.0, 9.0)
+
+
 def test_the_verdict_of_the_last_step_may_wait():
     guard = filled()
     judge(guard, float("nan"), 1.0, 20)

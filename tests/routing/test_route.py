@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megavlm.data.encode import Span
-from megavlm.data.pack import Layout
+from megavlm.data.encode import Layout
 from megavlm.errors import ConfigError
 from megavlm.routing.policies import Dense, LateDrop, Merge, Pyramid, RandomLTD, SharedBypass, Tread
 from megavlm.routing.route import GENERATION, PackLayout, RoutingPlan, Schedule, num_kept
