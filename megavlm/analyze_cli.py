@@ -1,5 +1,6 @@
 """The commands under `megavlm analyze`."""
 
+from megavlm.arguments import Positive
 from megavlm.errors import ConfigError
 
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
@@ -12,7 +13,7 @@ class AnalyzeCommands:
     training's sources, or held-out shards: --shards="data/digits/{understanding,generation}-test-00.tar"
     """
 
-    def attention(self, run: str, shards=None, num_packs: int = 8, num_rows: int = 64, **overrides):
+    def attention(self, run: str, shards=None, num_packs: Positive = 8, num_rows: Positive = 64, **overrides):
         """Say where attention goes, by layer, key/value head, task, and whether text or image asks.
 
         Shares on text, image, special and sink tokens, entropy, and the effective number of image tokens. Some rows of every sequence are
@@ -28,7 +29,7 @@ class AnalyzeCommands:
         from megavlm.analysis.report import analyze_attention
         from megavlm.analysis.subject import Subject
 
-        _show(*analyze_attention(Subject(str(run), shards, int(num_packs), overrides), int(num_rows)))
+        _show(*analyze_attention(Subject(str(run), shards, num_packs, overrides), num_rows))
 
     def drops(
         self,
@@ -36,7 +37,7 @@ class AnalyzeCommands:
         flops_share: float | None = None,
         shared: bool = False,
         shards=None,
-        num_packs: int = 8,
+        num_packs: Positive = 8,
         keep_ratios=(0.1, 0.25, 0.5, 0.75),
         **overrides,
     ):
@@ -65,14 +66,14 @@ class AnalyzeCommands:
         ratios = keep_ratios if isinstance(keep_ratios, (list, tuple)) else (keep_ratios,)
         if not all(isinstance(ratio, (int, float)) and 0 < ratio <= 1 for ratio in ratios):
             raise ConfigError(f"keep_ratios: {keep_ratios!r} are not shares\n  do:    give numbers above 0 and up to 1: --keep_ratios=0.25,0.5")
-        subject = Subject(str(run), shards, int(num_packs), overrides)
+        subject = Subject(str(run), shards, num_packs, overrides)
         table, chosen, written = analyze_drops(subject, ratios, None if flops_share is None else float(flops_share), bool(shared))
         _show(table, written)
         if chosen:
             show(f"leaves {chosen.flops_share:.1%} of the forward FLOPs, loss {chosen.weighted_rise:+.4f} untrained; for your recipe:\n")
             print(chosen.recipe())
 
-    def geometry(self, run: str, shards=None, num_packs: int = 4, num_images: int = 128, **overrides):
+    def geometry(self, run: str, shards=None, num_packs: Positive = 4, num_images: Positive = 128, **overrides):
         """Compare the tasks at every checkpoint that still exists: gradients per block, and states of the same images.
 
         Cosine, norms and interference of the tasks' gradients per layer and part (norms, q, k, v, o, mlp), embedding and head; linear CKA
@@ -88,7 +89,7 @@ class AnalyzeCommands:
         from megavlm.analysis.report import analyze_geometry
         from megavlm.analysis.subject import Subject
 
-        _show(*analyze_geometry(Subject(str(run), shards, int(num_packs), overrides), int(num_images)))
+        _show(*analyze_geometry(Subject(str(run), shards, num_packs, overrides), num_images))
 
 
 def _show(table, written) -> None:

@@ -2,9 +2,15 @@
 
 import difflib
 import inspect
-from typing import Any, get_args
+from types import NoneType
+from typing import Any, NewType, get_args
 
 from megavlm.errors import ConfigError
+
+
+Positive = NewType("Positive", int)
+NotNegative = NewType("NotNegative", int)
+LEAST = {Positive: 1, NotNegative: 0}
 
 
 def check_arguments(commands: Any, arguments: list[str]) -> list[str]:
@@ -47,9 +53,9 @@ def _check(name: str, command: Any, arguments: list[str]) -> None:
             f"{name}: {values[len(places)]!r} is one value too many\n  do:    quote what has spaces; see megavlm {name} --help"
         )
     for place, value in [*zip(places, values), *flags.items()]:
-        kinds = {named[place].annotation, *get_args(named[place].annotation)} if place in named else set()
-        if value is not None and kinds & {int, float} and not _is_number(value):
-            raise ConfigError(f"{name}: {place} is a number, not {value!r}\n  do:    see megavlm {name} --help")
+        kind = _misfit(named[place].annotation, value) if place in named else None
+        if kind:
+            raise ConfigError(f"{name}: {place} is {kind}, not {value or 'nothing'}\n  do:    see megavlm {name} --help")
 
 
 def _split(arguments: list[str]) -> tuple[list[str], dict[str, str | None]]:
@@ -67,9 +73,16 @@ def _split(arguments: list[str]) -> tuple[list[str], dict[str, str | None]]:
     return values, flags
 
 
-def _is_number(text: str) -> bool:
+def _misfit(annotation: Any, text: str | None) -> str | None:
+    """What a number should be, if the text is none of that kind."""
+    kinds = {annotation, *get_args(annotation)}
+    if not kinds & {int, float, *LEAST} or (text == "None" and NoneType in kinds):
+        return None
     try:
-        float(text)
-    except ValueError:
-        return text == "None"
-    return True
+        number = float(text)
+    except (TypeError, ValueError):
+        return "a number"
+    if float not in kinds and not number.is_integer():
+        return "a whole number"
+    least = LEAST.get(annotation, number)
+    return f"at least {least}" if number < least else None

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from megavlm.analyze_cli import AnalyzeCommands
-from megavlm.arguments import check_arguments
+from megavlm.arguments import Positive, check_arguments
 from megavlm.data_cli import DataCommands
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.judge_cli import JudgeCommands
@@ -57,7 +57,7 @@ class Commands(RunCommands):
 
         print(json.dumps(evaluate(str(run), overrides), indent=2))
 
-    def generate(self, run: str, prompt: str, out: str = "grid.png", num: int = 10, **overrides):
+    def generate(self, run: str, prompt: str, out: str = "grid.png", num: Positive = 10, **overrides):
         """Draw images for a prompt with the newest checkpoint of a run.
 
         Args:

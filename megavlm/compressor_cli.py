@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from megavlm.arguments import Positive
 from megavlm.errors import ConfigError
 
 # imports of the heavy parts stand in the command, so that --help and mistakes answer at once
@@ -16,17 +17,17 @@ class CompressorCommands:
         recipe: str,
         shards,
         out: str,
-        factor: int = 2,
-        num_global: int = 4,
-        codebook_size: int = 512,
-        hidden_width: int = 128,
-        num_layers: int = 4,
-        num_heads: int = 4,
-        embedding_width: int = 16,
-        steps: int = 2000,
-        batch_images: int = 64,
+        factor: Positive = 2,
+        num_global: Positive = 4,
+        codebook_size: Positive = 512,
+        hidden_width: Positive = 128,
+        num_layers: Positive = 4,
+        num_heads: Positive = 4,
+        embedding_width: Positive = 16,
+        steps: Positive = 2000,
+        batch_images: Positive = 64,
         learning_rate: float = 1e-3,
-        max_images: int = 1_000_000,
+        max_images: Positive = 1_000_000,
         seed: int = 0,
         format: str = "megavlm",
         device: str = "",

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from megavlm.arguments import NotNegative, Positive
 from megavlm.compressor_cli import CompressorCommands
 from megavlm.errors import ConfigError
 from megavlm.tokenizer_cli import TokenizerCommands, as_shards, source_of
@@ -26,7 +27,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         written = digits.write(Path(str(out)))
         print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
 
-    def shapes(self, out: str, pixels: int = 32, num_train: int = 20000, num_test: int = 1000, seed: int = 0):
+    def shapes(self, out: str, pixels: int = 32, num_train: Positive = 20000, num_test: Positive = 1000, seed: int = 0):
         """Write the benchmark `shapes` as WebDataset shards, with its text model.
 
         Scenes of one to four coloured shapes, as questions with exact answers and as requests for images.
@@ -58,7 +59,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
                 raise ConfigError(f"{url} is not a local file\n  do:    write the index where the shard is, and copy both")
             print(f"{url}: {write_index(Path(local_path(url))).samples} samples")
 
-    def build(self, source: str, out: str, samples_per_shard: int = 1000, image_root: str = ""):
+    def build(self, source: str, out: str, samples_per_shard: Positive = 1000, image_root: str = ""):
         """Write shards, with an index beside each, from a folder of images with captions or from a JSONL file.
 
         Args:
@@ -84,8 +85,8 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         from megavlm.data.inspect import inspect
         from megavlm.data.shards import expand_shards
 
-        print(inspect(expand_shards("shards", as_shards(shards)), source_of(format), Path(str(out))), end="")
-        print(f"contact sheet: {out}")
+        text, has_images = inspect(expand_shards("shards", as_shards(shards)), source_of(format), Path(str(out)))
+        print(f"{text}{f'contact sheet: {out}' if has_images else 'no images, no contact sheet'}")
 
     def lint(self, shards, format: str = "megavlm", recipe: str = "", **overrides):
         """Find every problem of shards, with shard and key. Exit status 1 if there are any.
@@ -141,7 +142,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         urls = expand_shards("shards", as_shards(shards))
         print(json.dumps(stats(urls, source_of(format), Path(str(out)), encoder), indent=1))
 
-    def preview(self, shards, format: str = "megavlm", out: str = "preview.png", num: int = 40):
+    def preview(self, shards, format: str = "megavlm", out: str = "preview.png", num: Positive = 40):
         """Show the first samples: a contact sheet (PNG) and a page with the whole texts (HTML).
 
         Args:
@@ -154,17 +155,18 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         from megavlm.data.shards import expand_shards
 
         path = Path(str(out))
-        report = preview(expand_shards("shards", as_shards(shards)), source_of(format), path, num)
-        print(f"{path} and {path.with_suffix('.html')}, {len(report.problems)} problems on the way")
+        report, has_images = preview(expand_shards("shards", as_shards(shards)), source_of(format), path, num)
+        written = f"{path} and {path.with_suffix('.html')}" if has_images else f"{path.with_suffix('.html')}, no images for {path}"
+        print(f"{written}, {len(report.problems)} problems on the way")
 
     def simulate(
         self,
         recipe: str = "",
-        lanes: int = 512,
-        steps: int = 400,
-        first_step: int = 200,
+        lanes: Positive = 512,
+        steps: Positive = 400,
+        first_step: NotNegative = 200,
         out: str = "simulate.png",
-        processes: int = 0,
+        processes: NotNegative = 0,
         **overrides,
     ):
         """How equal will the packs be? Runs the packer for all lanes, beside first-come and first-fit packing.

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from megavlm.arguments import NotNegative, Positive
+
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
 
 
@@ -23,9 +25,9 @@ class JudgeCommands:
         images: str = "",
         image_name: str = "",
         template: str = "{question}",
-        max_tokens: int = 16,
-        batch_size: int = 64,
-        max_bad: int = 100,
+        max_tokens: Positive = 16,
+        batch_size: Positive = 64,
+        max_bad: NotNegative = 100,
         **overrides,
     ):
         """Short answers: VQAv2, OK-VQA, GQA and the like. Exact match, and VQA score where there are ten answers.
@@ -58,9 +60,9 @@ class JudgeCommands:
         questions: str,
         images: str = "",
         template: str = "{question}",
-        max_tokens: int = 8,
-        batch_size: int = 64,
-        max_bad: int = 100,
+        max_tokens: Positive = 8,
+        batch_size: Positive = 64,
+        max_bad: NotNegative = 100,
         **overrides,
     ):
         """Yes or no, as in POPE: accuracy, precision, recall, F1, share of yes.
@@ -89,9 +91,9 @@ class JudgeCommands:
         captions: str,
         images: str = "",
         prompt: str = "Describe the image.",
-        max_tokens: int = 48,
-        batch_size: int = 64,
-        max_bad: int = 100,
+        max_tokens: Positive = 48,
+        batch_size: Positive = 64,
+        max_bad: NotNegative = 100,
         **overrides,
     ):
         """Captions against those of people: CIDEr-D and BLEU-4.
@@ -117,11 +119,11 @@ class JudgeCommands:
         run: str,
         prompts: str,
         detector: str,
-        num: int = 4,
+        num: Positive = 4,
         min_score: float = 0.3,
         min_score_counting: float = 0.9,
-        batch_size: int = 64,
-        max_bad: int = 100,
+        batch_size: Positive = 64,
+        max_bad: NotNegative = 100,
         **overrides,
     ):
         """Are the objects there, as many, of that colour, in that place? GenEval's checks with a detector of yours.
@@ -148,7 +150,7 @@ class JudgeCommands:
         _show(judge.draw(read_requests(judge.bad.file, judge.bad), num, score))
 
     def fid(
-        self, run: str, prompts: str, real: str, features: str, num: int = 1, batch_size: int = 64, max_bad: int = 100, **overrides
+        self, run: str, prompts: str, real: str, features: str, num: Positive = 1, batch_size: Positive = 64, max_bad: NotNegative = 100, **overrides
     ):
         """Distance of drawings from real images: FID with features of yours.
 
@@ -177,9 +179,9 @@ class JudgeCommands:
         prompts: str,
         image_features: str,
         text_features: str,
-        num: int = 1,
-        batch_size: int = 64,
-        max_bad: int = 100,
+        num: Positive = 1,
+        batch_size: Positive = 64,
+        max_bad: NotNegative = 100,
         **overrides,
     ):
         """Likeness of drawings and prompts: CLIP score with features of yours.

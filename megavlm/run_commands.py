@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from megavlm.arguments import NotNegative, Positive
+
 
 class CheckpointCommands:
     """Look at the checkpoints of a run and tidy them."""
@@ -94,7 +96,7 @@ class RunCommands:
         print(f"{out}: {export(Path(str(source)), Path(str(out)))}")
 
     def study(
-        self, study: str, parallel: int = 1, processes: int = 1, array: str | None = None, report_only: bool = False, **overrides
+        self, study: str, parallel: Positive = 1, processes: Positive = 1, array: str | None = None, report_only: bool = False, **overrides
     ):
         """Train and judge every arm of a study, and write its report: does joint training gain, and what does each policy keep of it?
 
@@ -123,25 +125,25 @@ class RunCommands:
             print(f"{array}: {len(todo)} of {len(arms)} arms are not trained. Train them on SLURM, then give the study again:")
             print(f"  megavlm submit {plan.recipe} --array={array} --run_dir={plan.study_dir}/runs --nodes=1 --gpus-per-node=1")
             return
-        run_arms([arm for arm in arms if not report_only or is_trained(arm)], int(parallel), int(processes))
+        run_arms([arm for arm in arms if not report_only or is_trained(arm)], parallel, processes)
         print(write_report(collect(plan, arms), " ".join(["megavlm study", str(study), *(f"--{k}={v}" for k, v in overrides.items())])))
 
     def submit(
         self,
         recipe: str,
-        nodes: int = 1,
-        gpus_per_node: int = 8,
+        nodes: Positive = 1,
+        gpus_per_node: NotNegative = 8,
         partition: str | None = None,
         time: str | None = None,
         account: str | None = None,
         qos: str | None = None,
-        cpus_per_task: int = 8,
+        cpus_per_task: Positive = 8,
         container_image: str | None = None,
         modules: str | None = None,
         setup: str | None = None,
         cache: str | None = None,
-        max_restarts: int = 100,
-        warning_s: int = 120,
+        max_restarts: NotNegative = 100,
+        warning_s: NotNegative = 120,
         array: str | None = None,
         template: str | None = None,
         sbatch_options: str = "",
@@ -188,7 +190,8 @@ class RunCommands:
             qos=qos,
             cpus_per_task=cpus_per_task,
             container_image=container_image,
-            modules=modules,
+            # fire makes a tuple of what has commas
+            modules=",".join(map(str, modules)) if isinstance(modules, tuple) else modules,
             setup=setup,
             cache=cache,
             max_restarts=max_restarts,

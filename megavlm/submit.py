@@ -126,7 +126,10 @@ def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None =
     }
     values["body"] = SbatchTemplate((TEMPLATES / "body.sh").read_text()).substitute(values).rstrip()
     source = Path(job.template) if job.template else TEMPLATES / template
-    script.write_text(SbatchTemplate(source.read_text()).substitute(values))
+    try:
+        script.write_text(SbatchTemplate(source.read_text()).substitute(values))
+    except KeyError as error:
+        raise ConfigError(f"{source} has @{{{error.args[0]}}}, which nothing fills in\n  do:    use one of {', '.join(sorted(values))}") from error
     recipe_file = run / "slurm" / "recipe.yaml"
     if dry_run:
         alone = "" if study or job.nodes > 1 else f"\nwithout SLURM, on one node:  {job.torchrun(recipe_file)}"
@@ -148,21 +151,24 @@ def read_study(recipe: str, overrides: dict[str, Any], file: Path, job: Job) -> 
     """The configurations of a study's runs; each is named by ``name`` or its number.
 
     Raises:
-        ConfigError: If the file is not a list of mappings.
+        ConfigError: If the file is not a list of mappings, or two runs would share a folder.
     """
-    runs = yaml.safe_load(file.read_text()) if file.is_file() else None
+    try:
+        runs = yaml.safe_load(file.read_text()) if file.is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no YAML: {error}\n  do:    correct it") from error
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         raise ConfigError(
             f"{file} is not a study\n"
             "  do:    write a YAML list of mappings of overrides: - {name: dense, routing.understanding.policy: dense}"
         )
+    names = [str(run.get("name", f"run-{number:03d}")) for number, run in enumerate(runs)]
+    # each is a folder below the run's, and its own
+    if wrong := [name for name in names if names.count(name) > 1 or name in ("", ".", "..", "slurm") or "/" in name]:
+        raise ConfigError(f"{file}: {wrong[0]!r} is no name for one run alone\n  do:    give each run a name of its own, without slashes")
     base = Path(load_config(recipe, overrides).run_dir)
-    configs = []
-    for number, changes in enumerate(runs):
-        changes = dict(changes)
-        place = {"run_dir": str(base / str(changes.pop("name", f"run-{number:03d}")))}
-        configs.append(_checked(load_config(recipe, overrides | changes | place), job))
-    return configs
+    changes = [{key: value for key, value in run.items() if key != "name"} | {"run_dir": str(base / name)} for run, name in zip(runs, names)]
+    return [_checked(load_config(recipe, overrides | changed), job) for changed in changes]
 
 
 def _write_recipe(config: RunConfig, run: Path) -> Path:

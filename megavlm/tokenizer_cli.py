@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from megavlm.arguments import NotNegative, Positive
 from megavlm.errors import ConfigError
 
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
@@ -12,7 +13,7 @@ from megavlm.errors import ConfigError
 class TokenizerCommands:
     """Mixed into the commands of `megavlm data`."""
 
-    def tokenizer(self, shards, out: str, vocab_size: int = 32000, format: str = "megavlm"):
+    def tokenizer(self, shards, out: str, vocab_size: Positive = 32000, format: str = "megavlm"):
         """Train a SentencePiece model on texts.
 
         Args:
@@ -43,15 +44,15 @@ class TokenizerCommands:
         self,
         shards,
         out: str,
-        codebook_size: int = 512,
-        height: int = 8,
-        width: int = 8,
-        pixels: int = 32,
-        steps: int = 1500,
-        batch_images: int = 32,
+        codebook_size: Positive = 512,
+        height: Positive = 8,
+        width: Positive = 8,
+        pixels: Positive = 32,
+        steps: Positive = 1500,
+        batch_images: Positive = 32,
         learning_rate: float = 1e-3,
-        channels: int = 64,
-        max_images: int = 50_000,
+        channels: Positive = 64,
+        max_images: Positive = 50_000,
         seed: int = 0,
         format: str = "megavlm",
         device: str = "",
@@ -83,7 +84,7 @@ class TokenizerCommands:
         urls = expand_shards("shards", as_shards(shards))
         print(json.dumps(train_tokenizer(urls, source_of(format), Path(str(out)), plan, device or _devices()[0]), indent=1))
 
-    def encode(self, shards, out: str, tokenizer: str, height: int = 0, width: int = 0, processes: int = 0):
+    def encode(self, shards, out: str, tokenizer: str, height: NotNegative = 0, width: NotNegative = 0, processes: NotNegative = 0):
         """Turn raw shards into pre-tokenised ones: every image becomes codes, all else stays. Goes on where it was interrupted.
 
             megavlm data encode "data/shapes/{generation,understanding}-train-{0000..0019}.tar" data/shapes/codes --tokenizer=data/shapes/vq

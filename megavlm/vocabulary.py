@@ -8,6 +8,7 @@ The text of a pretrained backbone keeps its ids. Its rows may be more than its t
 counted as its ``config.json`` says.
 """
 
+import io
 import json
 import shutil
 from collections.abc import Iterable
@@ -160,11 +161,16 @@ def train_text_model(texts: Iterable[str], path: Path, vocab_size: int) -> None:
         texts: The training text, one entry per text segment.
         path: Where to write the ``.model`` file.
         vocab_size: Upper bound; a small corpus gives a smaller vocabulary. At least 256 bytes plus its characters.
+
+    Raises:
+        ConfigError: Where there is no text, or too few pieces for its characters.
     """
-    with path.open("wb") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
-            model_writer=file,
+            model_writer=model,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,
@@ -172,3 +178,7 @@ def train_text_model(texts: Iterable[str], path: Path, vocab_size: int) -> None:
             eos_id=-1,
             minloglevel=2,
         )
+    except RuntimeError as error:
+        raise ConfigError(f"no text model can be trained on these texts: {error}\n  do:    give more text, or another vocab_size") from error
+    # a model that is there already stays until there is another
+    path.write_bytes(model.getvalue())

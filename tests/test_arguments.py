@@ -2,12 +2,13 @@
 
 import pytest
 
-from megavlm.arguments import check_arguments
+from megavlm.arguments import Positive, check_arguments
 from megavlm.errors import ConfigError
 
 
 class Group:
     def remove(self, run: str, keep: int | None = None, dry_run: bool = False): ...
+    def draw(self, run: str, num: Positive = 3, heat: float = 1.0): ...
 
 
 class Commands:
@@ -24,6 +25,7 @@ class Commands:
         "group remove runs/a 3",
         "group remove --run runs/a --keep 3 --nodry_run",
         "group remove runs/a --keep=None",
+        "group draw runs/a --num=1 --heat=-0.5",
         "train digits --optimizer.num_steps=3 --seed 1",
         "group",
         "",
@@ -39,8 +41,12 @@ def test_what_fits_is_passed_on(line):
         ("group remove runs/a --dryrun", "no option --dryrun. Did you mean --dry_run"),
         ("group remove runs/a 3 True more", "'more' is one value too many"),
         ("train digits twice", "'twice' is one value too many"),
-        ("group remove runs/a --keep=all", "keep is a number, not 'all'"),
-        ("group remove runs/a all", "keep is a number, not 'all'"),
+        ("group remove runs/a --keep=all", "keep is a number, not all"),
+        ("group remove runs/a all", "keep is a number, not all"),
+        ("group remove runs/a --keep", "keep is a number, not nothing"),
+        ("group draw runs/a --num=0", "num is at least 1, not 0"),
+        ("group draw runs/a --num=1.5", "num is a whole number, not 1.5"),
+        ("group draw runs/a --num=None", "num is a number, not None"),
     ],
 )
 def test_what_does_not_is_refused(line, message):

@@ -56,6 +56,22 @@ def test_lint_stats_and_preview(monkeypatch, digits_folder, tmp_path, capsys):
     assert page.count("<section>") == 40 and page.count("data:image/png") == 40
 
 
+def test_text_alone_has_no_contact_sheet(monkeypatch, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "one line"}\n')
+    for command in ("preview", "inspect"):
+        megavlm(monkeypatch, "data", command, tmp_path / "a.jsonl", "--format=text", "--out", tmp_path / f"{command}.png")
+        assert "no images" in capsys.readouterr().out
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.jsonl", "preview.html"]
+
+
+def test_a_text_model_stays_until_there_is_another(monkeypatch, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "t.model").write_text("the old one")
+    with pytest.raises(SystemExit, match="2"):
+        megavlm(monkeypatch, "data", "tokenizer", tmp_path / "empty.txt", tmp_path / "t.model")
+    assert "no text model can be trained" in capsys.readouterr().err and (tmp_path / "t.model").read_text() == "the old one"
+
+
 def test_build_tokenizer_and_index(monkeypatch, tmp_path, capsys):
     from PIL import Image
 

@@ -73,3 +73,29 @@ def test_a_study_has_a_recipe_per_run(submit, tmp_path):
     study.write_text("name: not a list")
     with pytest.raises(SystemExit, match="2"):
         submit("--nodes=1", "--gpus-per-node=1", f"--array={study}")
+
+
+@pytest.mark.parametrize(
+    ("study", "message"),
+    [
+        ("- {name: a}\n- {name: a}", "'a' is no name for one run alone"),
+        ("- {name: ../a}", "'../a' is no name for one run alone"),
+        ("- {name: [", "is no YAML"),
+    ],
+)
+def test_a_wrong_study_is_refused(submit, tmp_path, capsys, study, message):
+    (tmp_path / "study.yaml").write_text(study)
+    with pytest.raises(SystemExit, match="2"):
+        submit("--nodes=1", "--gpus-per-node=1", f"--array={tmp_path / 'study.yaml'}")
+    assert message in capsys.readouterr().err
+
+
+def test_modules_without_versions_and_a_template_of_ones_own(submit, tmp_path, capsys):
+    template = tmp_path / "mine.sbatch"
+    template.write_text("#!/bin/bash\n@{setup}\n")
+    submit("--nodes=1", "--gpus-per-node=1", "--modules=cuda,nccl", f"--template={template}")
+    assert "module load cuda nccl" in lines_of(tmp_path / "run" / "slurm" / "train.sbatch")
+    template.write_text("@{colour}")
+    with pytest.raises(SystemExit, match="2"):
+        submit("--nodes=1", "--gpus-per-node=1", f"--template={template}")
+    assert "@{colour}, which nothing fills in" in capsys.readouterr().err

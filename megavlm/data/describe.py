@@ -103,17 +103,22 @@ def _histogram(lengths: dict[str, list[int]], unit: str, by_group: dict[str, np.
     pyplot.close(figure)
 
 
-def preview(urls: list[str], source, out: Path, num_samples: int = 40) -> Report:
-    """Show the first samples of shards: a contact sheet ``out`` (PNG) and, beside it, a page with the whole texts (HTML)."""
+def preview(urls: list[str], source, out: Path, num_samples: int = 40) -> tuple[Report, bool]:
+    """Show the first samples of shards: a page with the whole texts (HTML) and, beside it, `contact_sheet` ``out`` (PNG)."""
     report = Report()
     samples = list(islice(read_samples(urls, source, report), num_samples))
-    with_images = [sample for sample in samples if sample.images]
-    if with_images:
-        images = [_pixels(next(iter(sample.images.values()))) for sample in with_images]
-        save_grid(images, [f"{sample.task}\n{_text(sample)[:34]}" for sample in with_images], out, columns=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".html").write_text(_page(samples), encoding="utf-8")
-    return report
+    return report, contact_sheet(samples, out)
+
+
+def contact_sheet(samples: list[Sample], out: Path) -> bool:
+    """Write a PNG with the first image of each sample that has one; whether there was any."""
+    shown = [sample for sample in samples if sample.images]
+    if shown:
+        images = [_pixels(next(iter(sample.images.values()))) for sample in shown]
+        save_grid(images, [f"{sample.task}\n{_text(sample)[:34]}" for sample in shown], out, columns=8)
+    return bool(shown)
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:

@@ -8,14 +8,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from megavlm.data.describe import contact_sheet
 from megavlm.data.lint import Report, read_samples
-from megavlm.data.sample import Sample
-from megavlm.monitor.pictures import save_grid
 
 SHEET_SAMPLES = 40
 
 
-def inspect(urls: list[str], source, out: Path) -> str:
+def inspect(urls: list[str], source, out: Path) -> tuple[str, bool]:
     """Read shards to their end and describe them.
 
     Args:
@@ -24,7 +23,7 @@ def inspect(urls: list[str], source, out: Path) -> str:
         out: Contact sheet to write (PNG).
 
     Returns:
-        A table of what each shard holds, and the problems found, one per line.
+        A table of what each shard holds and the problems found, one per line; whether there were images for the sheet.
     """
     table = Table("shard", "samples", "tasks", "images", "sizes", "characters", "problems")
     problems, shown = [], []
@@ -44,23 +43,10 @@ def inspect(urls: list[str], source, out: Path) -> str:
             f"{np.mean(characters):.0f} on average" if characters else "",
             str(len(found.problems)),
         )
-    if any(sample.images for sample in shown):
-        _contact_sheet([sample for sample in shown if sample.images], out)
     text = io.StringIO()
     Console(file=text, width=140).print(table)
-    return text.getvalue() + "".join(f"{problem}\n" for problem in problems)
+    return text.getvalue() + "".join(f"{problem}\n" for problem in problems), contact_sheet(shown, out)
 
 
 def _counts(values) -> str:
     return ", ".join(f"{value}: {count}" for value, count in Counter(values).most_common(4))
-
-
-def _contact_sheet(samples: list[Sample], out: Path) -> None:
-    images, captions = [], []
-    for sample in samples:
-        image = next(iter(sample.images.values()))
-        # codes without their tokenizer: shown as grey levels
-        images.append(image if image.dtype == np.uint8 else np.uint8(255 * image / max(1, image.max())))
-        text = " | ".join(segment.text for segment in sample.segments if segment.text)
-        captions.append(f"{sample.task}\n{text[:34]}")
-    save_grid(images, captions, out, columns=8)

@@ -66,8 +66,11 @@ class RunFolder:
             ConfigError: If the folder holds a run that cannot go on with this configuration.
         """
         if world.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            logging.getLogger().addHandler(_file_handler(self.log_file))
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                logging.getLogger().addHandler(_file_handler(self.log_file))
+            except OSError as error:
+                raise ConfigError(f"run_dir: {error.filename}: {error.strerror}\n  do:    name a folder that can be written") from error
             config = with_fingerprint(config)
             if all(source.epochs for source in config.data.sources.values()):
                 raise ConfigError(

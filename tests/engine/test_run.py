@@ -15,3 +15,9 @@ def test_sources_that_all_end_are_refused(make_config, tmp_path):
     config = config.model_copy(update={"data": config.data.model_copy(update={"sources": ending})})
     with pytest.raises(ConfigError, match="every source ends"):
         RunFolder(config.run_dir).prepare(config, World(0, 1, 0, torch.device("cpu")))
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(make_config, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'run'}: File exists"):
+        RunFolder(str(tmp_path / "run")).prepare(make_config({}, tmp_path / "run"), World(0, 1, 0, torch.device("cpu")))
