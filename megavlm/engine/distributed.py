@@ -70,6 +70,11 @@ def find_place(environment) -> dict[str, str]:
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def without_place(environment) -> dict[str, str]:
+    """The environment for a process that is to be alone, or to start its own world, whatever world this one is in."""
+    return {name: value for name, value in environment.items() if name not in (*_NAMES, "SLURM_STEP_NUM_TASKS")}
+
+
 def _first_node(nodes: str) -> str:
     """The first host of a SLURM node list such as ``gpu[007-010,12],login``."""
     if "[" not in nodes.split(",")[0]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megavlm.config import load_config, save_config
+from megavlm.engine.distributed import without_place
 from megavlm.engine.manifest import complete_checkpoints, step_of
 from megavlm.engine.run import RunFolder
 from megavlm.errors import MegavlmError
@@ -72,7 +73,7 @@ def _run(arm: Arm, processes: int, threads: int) -> str:
     arm.folder.mkdir(parents=True, exist_ok=True)
     recipe = arm.folder / "recipe.yaml"
     save_config(arm.config, recipe)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    environment = without_place(os.environ) | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     commands = [] if is_trained(arm) else [[*launcher, "-m", "megavlm", "train", str(recipe)]]
     commands.append(["-m", "megavlm", "evaluate", str(arm.folder)])

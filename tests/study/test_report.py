@@ -78,6 +78,9 @@ def test_a_study_from_nothing_and_again(make_study, tmp_path, monkeypatch, capsy
     study = make_study(policies={"dense": {}}, seeds=[0], overrides=make_study().overrides | {"optimizer.num_steps": 2})
     import yaml
 
+    # a shell inside a job, or a process that has trained: the arms are worlds of their own all the same
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29417"}.items():
+        monkeypatch.setenv(name, value)
     file = tmp_path / "study.yaml"
     assert yaml.safe_load(file.read_text())["overrides"]["optimizer.num_steps"] == 2
     for _ in range(2):
