@@ -12,7 +12,7 @@ LEAN = 0.02
 draws wanders; without this the surplus of one kind would gather in the look-ahead until it is full of it."""
 TOLERANCE = 5e-4
 """Good enough: deviation from the target, summed over stages and total, relative to the whole cost."""
-POOR, MAX_ATTEMPTS = 8e-3, 3
+POOR, MAX_ATTEMPTS = 5e-3, 4
 """A pack that is still further off is built again from another random filling, so many times at most, while that helps."""
 TOTAL_WEIGHT = 1.0
 """Weight of the deviation of the total cost beside those of the single stages."""

@@ -46,6 +46,8 @@ def test_a_tenth_of_the_generation_prompts_becomes_unconditional_and_always_the_
     chosen = [vocabulary.unconditional in encoder(sample("generation", *DRAW, index=i)).tokens for i in range(2000)]
     assert 160 < sum(chosen) < 240
     assert chosen == [vocabulary.unconditional in encoder(sample("generation", *DRAW, index=i)).tokens for i in range(2000)]
+    other = Encoder(vocabulary, PixelTokenizer(17, 8, 8), 0.1, seed=4)
+    assert chosen != [vocabulary.unconditional in other(sample("generation", *DRAW, index=i)).tokens for i in range(2000)]
     assert not any(vocabulary.unconditional in encoder(sample("understanding", *READ, index=i)).tokens for i in range(200))
 
 

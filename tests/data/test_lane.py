@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from megavlm.data.cursor import deal
 from megavlm.data.loader import Loader, lanes_of
 from megavlm.data.shards import expand_shards, read_shard
 from megavlm.errors import ConfigError, DataError
@@ -240,3 +241,11 @@ def test_a_source_that_has_ended_stays_so_when_the_lane_goes_on(make_factory, co
     resumed = factory(0, lane.state())
     assert resumed.state() == lane.state()
     assert [ids(next(resumed)[0]) for _ in range(5)] == [ids(next(lane)[0]) for _ in range(5)]
+
+
+def test_slices_of_a_shard_rotate_with_the_epochs():
+    """Four lanes share two shards, each half of one: over two epochs a lane does not meet the same half of a shard again."""
+    for lane in range(4):
+        parts = [deal(2, lane, 4, seed, 0, epoch) for seed in range(20) for epoch in (0, 1)]
+        assert all(len(part) == 1 and part[0][2] == 2 for part in parts)
+        assert all(first[0][1] != second[0][1] for first, second in zip(parts[::2], parts[1::2]))

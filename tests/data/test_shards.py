@@ -44,6 +44,11 @@ def test_a_shard_cut_anywhere_is_an_error_that_names_it(shard):
         with pytest.raises(DataError, match="cut short") as caught:
             list(read_shard(str(cut_shard), "train"))
         assert "source train, shard " + str(cut_shard) in str(caught.value)
+    # at 0 and 1024 stand headers, behind them contents of 1 and 2 blocks
+    for cut in (512, 1536 + 512):
+        cut_shard.write_bytes(content[:cut])
+        with pytest.raises(DataError, match="unexpected end of data"):
+            list(read_shard(str(cut_shard)))
 
 
 @pytest.mark.parametrize("place", [3, 130, 150])
