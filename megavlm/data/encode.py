@@ -181,7 +181,8 @@ class Encoder:
         """uint8 pixels are tokenized; int64 codes, made before, are checked."""
         if image.dtype == np.uint8:
             return tokenizer.encode(image[None])[0]
-        if image.min() < 0 or image.max() >= tokenizer.codebook_size:
+        # as unsigned numbers negative ones are the largest
+        if image.view(np.uint64).max() >= tokenizer.codebook_size:
             raise DataError(
                 f"{name} has codes from {image.min()} to {image.max()}, outside the codebook of {tokenizer.codebook_size}",
                 "tokenize the images with the run's image tokenizer (vocabulary.image_tokenizer)",

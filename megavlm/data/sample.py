@@ -9,7 +9,6 @@
 """
 
 import io
-import json
 import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -98,15 +97,13 @@ def parse_record(members: dict[str, bytes]) -> Record:
     if "json" not in members:
         raise DataError(f"the sample has no json member, only {sorted(members)}", "write samples in the schema of megavlm")
     try:
-        # json.loads before pydantic: its messages count lines and columns
-        return Record.model_validate(json.loads(members["json"].decode("utf-8")))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"broken JSON: {error}", "write the json member as UTF-8 JSON") from error
+        return Record.model_validate_json(members["json"])
     except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise DataError(f"broken JSON: {first['ctx']['error']}", "write the json member as UTF-8 JSON") from error
         mistakes = "; ".join(f"{'.'.join(map(str, m['loc']))}: {m['msg']}" for m in error.errors())
         raise DataError(f"JSON does not follow the sample schema: {mistakes}", "correct the json member") from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise DataError(f"broken JSON: {error}", "write the json member as UTF-8 JSON") from error
 
 
 def parse_sample(key: str, members: dict[str, bytes], coordinates: Coordinates) -> Sample:
