@@ -5,6 +5,8 @@ other at every layer: equal totals with unequal stages still wait. A pack starts
 and then improved by local search (add, remove, exchange one for one, one for two, two for one) until it meets the target.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 LEAN = 0.02
@@ -184,5 +186,9 @@ class _Search:
 
 
 def _pairs(indices: np.ndarray) -> np.ndarray:
-    first, second = np.triu_indices(len(indices), 1)
-    return np.column_stack([indices[first], indices[second]])
+    return indices[_places_of_pairs(len(indices))]
+
+
+@lru_cache(maxsize=256)
+def _places_of_pairs(num: int) -> np.ndarray:
+    return np.stack(np.triu_indices(num, 1), axis=1)
