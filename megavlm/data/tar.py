@@ -1,7 +1,7 @@
 """Members of a tar archive from a stream.
 
-Plain headers are read here, in a fifth of the time that ``tarfile`` takes; at the first other thing (compression, links, sparse files, long names,
-damage) the rest of the archive is handed to ``tarfile``. Not WebDataset's iterator, because it takes a shard that was cut or damaged
+Plain headers are read here, because ``tarfile`` takes several times as long; at the first other thing (compression, links, sparse files, long
+names, damage) the rest of the archive is handed to it. Not WebDataset's iterator, because it takes a shard that was cut or damaged
 at a member's header for one that ends there; here every way of being incomplete is an error.
 """
 
