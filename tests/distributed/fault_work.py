@@ -1,6 +1,7 @@
 """What ranks do when something goes wrong. Functions here are called in other processes, by name."""
 
 import os
+import resource
 import signal
 import time
 from functools import partial
@@ -108,3 +109,27 @@ def stop_by_touching(world, config) -> dict:
     except RunEnded as end:
         return {"code": int(end.code), "step": trainer.step}
     return {"code": 0}
+
+
+def stop_with_a_full_disk(world, config) -> dict:
+    """Somebody touches ``stop`` during the third step, when nothing of more than 20 kB can be written any more."""
+    agreement.LOOK_EVERY_S = 0.0
+    trainer = Trainer(config, world)
+    train_step = trainer.train_step
+
+    def watched_step(step):
+        norm = train_step(step)
+        if step == 2:
+            trainer.checkpointer.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            (trainer.folder.path / "stop").touch()
+        return norm
+
+    trainer.train_step = watched_step
+    try:
+        trainer.run()
+    except OSError as error:
+        return {"error": str(error)}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return {"error": ""}

@@ -7,7 +7,7 @@ import pytest
 from megavlm.cli import main
 from megavlm.engine.exits import Exit
 from megavlm.engine.forensics import replay
-from tests.distributed.fault_work import hang, inject_nan, stop_by_signal, stop_by_touching
+from tests.distributed.fault_work import hang, inject_nan, stop_by_signal, stop_by_touching, stop_with_a_full_disk
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import train
 
@@ -109,3 +109,11 @@ def test_touching_save_and_stop(make_config, tmp_path):
     steps = [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))]
     assert steps == ["step-00000003", f"step-{results[0]['step']:08d}"] and results[0]["step"] < 50
     assert not (tmp_path / "run" / "save").exists() and not (tmp_path / "run" / "stop").exists()
+
+
+def test_a_stop_whose_last_save_fails_is_an_error(make_config, tmp_path):
+    """Who stops a run counts on its checkpoint: status 1 instead of the one of a stop, and the older checkpoint is still there."""
+    config = make_config({"optimizer.num_steps": 50, "checkpoint.every_steps": 2}, tmp_path / "run")
+    (result,) = run_ranks(1, stop_with_a_full_disk, config)
+    assert "the last checkpoint could not be written" in result["error"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000002"]
