@@ -78,6 +78,11 @@ class EncodedSample:
         return len(self.tokens)
 
     @cached_property
+    def place(self) -> list[int]:
+        """The coordinates as a plain list, for states; not to be changed."""
+        return list(self.coordinates)
+
+    @cached_property
     def layout(self) -> Layout:
         spans = tuple((span.length, span.task) for span in self.spans)
         return Layout(self.num_tokens, int(np.count_nonzero(self.has_loss)), len(self.prompt_places), spans)

@@ -81,7 +81,8 @@ class Lane:
         self.read_again = {"look_ahead": 0, "heads": sum(entry["cursor"][2] for entry in entries)}
         self.waiting = self._read_waiting([Coordinates(*place) for place in state["waiting"]])
         self._finished = {number for number, entry in enumerate(entries) if entry["finished"]}
-        self._costs: tuple = (None, np.zeros((0, costing.plan.num_stages + 1)))
+        # of the waiting samples, as far as they are known: lengths, and costs at a moment
+        self._tokens, self._costs, self._moment = np.zeros(0, np.int64), np.zeros((0, costing.plan.num_stages + 1)), None
         self._target: tuple = (None, None)
         if state["pack"]:
             log.info(
@@ -108,17 +109,13 @@ class Lane:
         if not self.waiting:
             raise StopIteration
         step = self.num_packs
-        chosen = choose(
-            self._waiting_costs(step),
-            np.array([len(sample.tokens) for sample in self.waiting]),
-            self._target_at(step),
-            self.settings.pack_tokens,
-            stream(self.seed, Purpose.PACKING, self.number, step),
-        )
+        self._price(step)
+        rng = stream(self.seed, Purpose.PACKING, self.number, step)
+        chosen = choose(self._costs, self._tokens, self._target_at(step), self.settings.pack_tokens, rng)
         samples = [self.waiting[i] for i in chosen]
         for i in reversed(chosen):
             del self.waiting[i]
-        self._costs = (self._costs[0], np.delete(self._costs[1], chosen, axis=0))
+        self._tokens, self._costs = np.delete(self._tokens, chosen), np.delete(self._costs, chosen, axis=0)
         self.num_packs += 1
         return samples
 
@@ -131,7 +128,7 @@ class Lane:
                 source.name: {"mark": source.mark, "cursor": list(cursor.state), "pass": level, "finished": number in self._finished}
                 for number, (source, cursor, level) in enumerate(zip(self.sources, self.cursors, self.passes))
             },
-            "waiting": [list(sample.coordinates) for sample in self.waiting],
+            "waiting": [sample.place for sample in self.waiting],
         }
 
     def _beginning(self) -> State:
@@ -152,13 +149,13 @@ class Lane:
             log.warning("going on although the sources have changed since the checkpoint:%s", account)
         return state
 
-    def _waiting_costs(self, step: int) -> np.ndarray:
-        moment = self.costing.moment(step)
-        # as long as the costs stay what they were, only those of new samples are missing
-        known = self._costs[1] if self._costs[0] == moment else self._costs[1][:0]
-        new = [self.costing.flops(sample.layout, step) for sample in self.waiting[len(known) :]]
-        self._costs = (moment, np.concatenate([known, np.reshape(new, (-1, known.shape[1]))]))
-        return self._costs[1]
+    def _price(self, step: int) -> None:
+        """Add lengths and costs of the samples that are new, or of all where the route has moved on."""
+        if self._moment != (moment := self.costing.moment(step)):
+            self._moment, self._tokens, self._costs = moment, self._tokens[:0], self._costs[:0]
+        if new := [sample.layout for sample in self.waiting[len(self._tokens) :]]:
+            self._tokens = np.append(self._tokens, [layout.num_tokens for layout in new])
+            self._costs = np.concatenate([self._costs, [self.costing.flops(layout, step) for layout in new]])
 
     def _target_at(self, step: int) -> np.ndarray:
         when = (self.costing.moment(step), frozenset(self._finished))
