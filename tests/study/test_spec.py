@@ -1,5 +1,7 @@
 """A study becomes arms: which runs there are, and that they see equal tokens."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -91,3 +93,11 @@ def test_mistakes_are_named(make_study):
     }
     with pytest.raises(ConfigError, match="no source understandings"):
         plan_arms(make_study(tasks=tasks))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path("megavlm/recipes/studies").glob("*.yaml")))
+def test_a_study_that_ships_can_be_run(name, digits_folder, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "digits").symlink_to(digits_folder)
+    monkeypatch.chdir(tmp_path)
+    assert {arm.data for arm in plan_arms(load_study(name))} == {JOINT, "understanding", "generation"}
