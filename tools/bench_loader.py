@@ -15,7 +15,6 @@ None of them packs, routes, checks what it reads, or can resume.
 
 import argparse
 import io
-import itertools
 import json
 import os
 import tempfile

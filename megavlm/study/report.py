@@ -28,7 +28,7 @@ def write_report(results: Results, command: str) -> Path:
         f"# {folder.name}",
         f"`{command}`",
         f"Arms: {', '.join(study.tasks)} alone and both together, under {', '.join(study.policies)}; seeds {', '.join(map(str, results.seeds))};"
-        f" equal steps, and equal tokens per task and step, in every arm. {_about_intervals(summary['num_seeds'])}",
+        f" equal tokens per task and step in every arm, and equal steps unless a policy sets its own. {_about_intervals(summary['num_seeds'])}",
         "## What it says",
         "\n".join(f"- {line}" for line in statements(summary)),
         "![quality against FLOPs and time; synergy](report.png)",

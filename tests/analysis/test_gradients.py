@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm import build
 from megavlm.analysis.gradients import PARTS, WHOLE, align, alone, block_of, blocks_of, factors_of_tasks, products
 from megavlm.data.sample import TASKS
 
