@@ -1,5 +1,6 @@
 """Looks over a command line before fire runs it: fire itself notices what it cannot use only after the command has done its work."""
 
+import ast
 import difflib
 import inspect
 from types import NoneType
@@ -79,10 +80,12 @@ def _misfit(annotation: Any, text: str | None) -> str | None:
     if not kinds & {int, float, *LEAST} or (text == "None" and NoneType in kinds):
         return None
     try:
-        number = float(text)
-    except (TypeError, ValueError):
+        number = ast.literal_eval(text)  # as fire reads it: 1e3 is no whole number to it
+    except (ValueError, SyntaxError):
         return "a number"
-    if float not in kinds and not number.is_integer():
+    if type(number) not in (int, float):
+        return "a number"
+    if float not in kinds and type(number) is float:
         return "a whole number"
     least = LEAST.get(annotation, number)
     return f"at least {least}" if number < least else None

@@ -317,7 +317,7 @@ class RunConfig(Settings):
 
     run_dir: str
     """Folder for everything that the run writes."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of weights, data order, routing and drawing."""
     init_from: str | None = None
     """Begin with the weights of another run (its folder, or one of its checkpoints), of an exported folder, or of a pretrained Hugging Face

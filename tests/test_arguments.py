@@ -46,6 +46,8 @@ def test_what_fits_is_passed_on(line):
         ("group remove runs/a --keep", "keep is a number, not nothing"),
         ("group draw runs/a --num=0", "num is at least 1, not 0"),
         ("group draw runs/a --num=1.5", "num is a whole number, not 1.5"),
+        ("group draw runs/a --num=1e3", "num is a whole number, not 1e3"),
+        ("group draw runs/a --heat=True", "heat is a number, not True"),
         ("group draw runs/a --num=None", "num is a number, not None"),
     ],
 )

@@ -92,20 +92,15 @@ def stop_by_signal(world, config, name: str) -> dict:
 
 def stop_by_touching(world, config) -> dict:
     """Somebody touches ``save`` during the third step and ``stop`` during the sixth."""
-    agreement.LOOK_EVERY_S = 0.0
     trainer = Trainer(config, world)
-    train_step = trainer.train_step
 
-    def watched_step(step):
-        norm = train_step(step)
+    def touch(step):
         if world.is_main and step in (2, 5):
             (trainer.folder.path / ("save" if step == 2 else "stop")).touch()
         torch.distributed.barrier()
-        return norm
 
-    trainer.train_step = watched_step
     try:
-        trainer.run()
+        _run(trainer, touch)
     except RunEnded as end:
         return {"code": int(end.code), "step": trainer.step}
     return {"code": 0}
@@ -113,23 +108,32 @@ def stop_by_touching(world, config) -> dict:
 
 def stop_with_a_full_disk(world, config) -> dict:
     """Somebody touches ``stop`` during the third step, when nothing of more than 20 kB can be written any more."""
-    agreement.LOOK_EVERY_S = 0.0
     trainer = Trainer(config, world)
-    train_step = trainer.train_step
 
-    def watched_step(step):
-        norm = train_step(step)
+    def fill_and_touch(step):
         if step == 2:
             trainer.checkpointer.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
             (trainer.folder.path / "stop").touch()
-        return norm
 
-    trainer.train_step = watched_step
     try:
-        trainer.run()
+        _run(trainer, fill_and_touch)
     except OSError as error:
         return {"error": str(error)}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return {"error": ""}
+
+
+def _run(trainer, after_step) -> None:
+    """Train, with something to be done at the end of every step, and look for touched files at every one."""
+    agreement.LOOK_EVERY_S = 0.0
+    train_step = trainer.train_step
+
+    def watched_step(step):
+        norm = train_step(step)
+        after_step(step)
+        return norm
+
+    trainer.train_step = watched_step
+    trainer.run()
