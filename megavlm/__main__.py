@@ -1,3 +1,3 @@
-from megavlm.cli import main
+from megavlm.cli.main import main
 
 main()

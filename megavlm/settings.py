@@ -1,6 +1,11 @@
-"""The base of every typed setting; the tree of them is in `megavlm.config`."""
+"""The base of every typed setting; the tree of them is in `megavlm.config.run`."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
 
 
 class Settings(BaseModel):

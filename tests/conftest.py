@@ -7,9 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from megavlm import build
 from megavlm.benchmarks import digits
 from megavlm.config import load_config
+from megavlm.parts.parts import Parts
 
 torch.set_num_threads(1)
 
@@ -70,10 +70,10 @@ def make_packs(make_config):
     """``make_packs(overrides, num)``: packs of lane 0, and a backbone in float64 to run them on."""
 
     def make(overrides=None, num=1):
-        config = build.with_mixture(make_config(overrides))
+        config = Parts(make_config(overrides)).with_mixture().config
         torch.manual_seed(0)
-        causal_lm = build.build_causal_lm(config, build.build_vocabulary(config))
-        lane = build.LaneFactory(config)(0)
-        return [next(lane)[0] for _ in range(num)], build.build_backbone(config, causal_lm).double()
+        causal_lm = Parts(config).make_causal_lm()
+        lane = Parts(config).make_lane(0)
+        return [next(lane)[0] for _ in range(num)], Parts(config).make_backbone(causal_lm).double()
 
     return make

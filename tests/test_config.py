@@ -1,6 +1,7 @@
 import pytest
 
-from megavlm.config import RunConfig, load_config, nearest_path, save_config
+from megavlm.config import RunConfig, load_config, save_config
+from megavlm.config.mistakes import nearest_path
 from megavlm.errors import ConfigError
 
 

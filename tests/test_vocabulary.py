@@ -8,10 +8,10 @@ import tokenizers
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from megavlm import build
-from megavlm.engine.initial import grown, load_initial_weights
 from megavlm.errors import ConfigError
-from megavlm.export import export
+from megavlm.parts.export import export
+from megavlm.parts.parts import Parts
+from megavlm.training.initial import grown, load_initial_weights
 from megavlm.vocabulary import Vocabulary
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import train
@@ -81,8 +81,8 @@ def test_a_run_begins_with_a_pretrained_folder_and_keeps_its_tokenizer(pretraine
     }  # fmt: skip
     config = make_config(settings)
     assert config.model.architecture["model_type"] == "llama" and "vocab_size" not in config.model.architecture
-    vocabulary = build.build_vocabulary(config)
-    causal_lm = build.build_causal_lm(config, vocabulary)
+    vocabulary = Parts(config).vocabulary
+    causal_lm = Parts(config).make_causal_lm()
     load_initial_weights(str(pretrained), causal_lm, vocabulary)
     original = LlamaForCausalLM.from_pretrained(pretrained).eval()
     ids = torch.tensor([vocabulary.encode_text("Draw a handwritten seven and the digit four.")])
@@ -105,8 +105,8 @@ def test_a_tied_head_grows_with_the_embedding(pretrained, make_config, tmp_path)
     LlamaForCausalLM(LlamaConfig(**FIELDS, vocab_size=ROWS, tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
     (tmp_path / "tied" / "tokenizer.json").write_bytes((pretrained / "tokenizer.json").read_bytes())
     config = make_config({"model.architecture": tied, "vocabulary.text_model": str(tmp_path / "tied")})
-    vocabulary = build.build_vocabulary(config)
-    causal_lm = build.build_causal_lm(config, vocabulary)
+    vocabulary = Parts(config).vocabulary
+    causal_lm = Parts(config).make_causal_lm()
     load_initial_weights(str(tmp_path / "tied"), causal_lm, vocabulary)
     old = LlamaForCausalLM.from_pretrained(tmp_path / "tied").model.embed_tokens.weight
     assert causal_lm.lm_head.weight is causal_lm.model.embed_tokens.weight and len(causal_lm.lm_head.weight) == vocabulary.size
@@ -115,8 +115,8 @@ def test_a_tied_head_grows_with_the_embedding(pretrained, make_config, tmp_path)
 
 def test_rows_of_another_tokenizer_are_not_mixed_up(pretrained, make_config, digits_folder):
     config = make_config({"model.architecture": str(pretrained), "vocabulary.text_model": str(digits_folder / "text.model")})
-    vocabulary = build.build_vocabulary(config)
+    vocabulary = Parts(config).vocabulary
     with pytest.raises(ConfigError, match="do not fit this model(.|\n)*give its folder as model.architecture and vocabulary.text_model"):
-        load_initial_weights(str(pretrained), build.build_causal_lm(config, vocabulary), vocabulary)
+        load_initial_weights(str(pretrained), Parts(config).make_causal_lm(), vocabulary)
     with pytest.raises(ConfigError, match="neither a mapping nor a folder with config.json"):
         make_config({"model.architecture": str(digits_folder)})

@@ -22,8 +22,9 @@ import torch
 
 from megavlm.benchmarks import digits
 from megavlm.config import load_config
-from megavlm.engine import distributed
-from megavlm.engine.trainer import Trainer
+from megavlm.launch.train import make_trainer
+from megavlm.system import world as distributed
+from megavlm.training.trainer import Trainer
 
 
 def bench(width: int = 256, layers: int = 8, pack_tokens: int = 4096, grid: int = 16, packs: int = 2, pairs: int = 15, out: str = ""):
@@ -44,12 +45,13 @@ def bench(width: int = 256, layers: int = 8, pack_tokens: int = 4096, grid: int 
     if world.is_main:
         digits.write(folder / "data")
     world.barrier()
-    trainer = Trainer(_config(folder, width, layers, pack_tokens, grid, packs * world.size), world)
+    trainer = make_trainer(_config(folder, width, layers, pack_tokens, grid, packs * world.size), world)
+    instruments = trainer.observers[0]
     seconds = {"plain": [], "watched": []}
     for pair in range(pairs + 3):
         for kind in ("plain", "watched") if pair % 2 else ("watched", "plain"):
             every = 1 if kind == "watched" else None
-            trainer.instruments.settings = trainer.config.monitor.model_copy(update={"attention_every_steps": every})
+            instruments.config = trainer.parts.config.monitor.model_copy(update={"attention_every_steps": every})
             taken_s = _step(trainer, world)
             if pair >= 3:
                 seconds[kind].append(taken_s)
@@ -86,7 +88,7 @@ def _step(trainer: Trainer, world) -> float:
     begin = time.perf_counter()
     float(trainer.train_step(trainer.step))
     trainer.step += 1
-    trainer.instruments.report(trainer.step)
+    trainer.observers[0].after_step(trainer.step)
     world.barrier()
     return time.perf_counter() - begin
 

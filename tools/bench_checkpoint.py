@@ -16,8 +16,9 @@ from pathlib import Path
 
 from megavlm.benchmarks import digits
 from megavlm.config import load_config
-from megavlm.engine import distributed
-from megavlm.engine.trainer import Trainer
+from megavlm.launch.train import make_trainer
+from megavlm.system import world as distributed
+from megavlm.training.trainer import Trainer
 
 ROUNDS = 4
 
@@ -34,7 +35,7 @@ def main() -> None:
     if world.is_main:
         digits.write(folder / "data")
     world.barrier()
-    trainer = Trainer(load_config("digits", _settings(folder, world.size, options)), world)
+    trainer = make_trainer(load_config("digits", _settings(folder, world.size, options)), world)
     numel = sum(p.ds_numel for p in trainer.engine.module.parameters())
     alone_s = [_step(trainer) for _ in range(ROUNDS)]
     # the first save makes the host buffers; it is reported on its own
@@ -49,7 +50,7 @@ def main() -> None:
             beside_s.append(_step(trainer))
         background.append((stall_s, trainer.checkpointer.wait().seconds))
     at_once_s = []
-    trainer.checkpointer.background = False
+    trainer.checkpointer.config = trainer.checkpointer.config.model_copy(update={"background": False})
     for _ in range(ROUNDS):
         trainer.step += 1
         at_once_s.append(_timed(world, trainer.save))

@@ -26,13 +26,14 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megavlm import build
 from megavlm.costs import BACKWARD_FACTOR
-from megavlm.data.sample import Coordinates, Sample, parse_sample
-from megavlm.data.shards import expand_shards, read_shard
-from megavlm.evaluation.evaluate import TrainedModel
-from megavlm.model.compressed_tokenizer import CompressedTokenizer
-from megavlm.model.vq_training import reconstruction_metrics
+from megavlm.data.read.sample import Coordinates, Sample, parse_sample
+from megavlm.data.read.shards import expand_shards, read_shard
+from megavlm.evaluation.trained import TrainedModel
+from megavlm.image_tokenizers.compressed import CompressedTokenizer
+from megavlm.image_tokenizers.vq_training import reconstruction_metrics
+from megavlm.parts.parts import Parts
+from megavlm.parts.trained import load_trained
 
 NUM_PACKS, NUM_RAW, NUM_SHOWN = 10, 400, 8
 
@@ -47,11 +48,13 @@ def bench(*runs: str, raw: str, out: str, batch_images: int = 16, repeats: int =
         batch_images: Images drawn at a time, beside one alone.
         repeats: Timed rounds; the median counts.
     """
-    models = {Path(run).name: TrainedModel(run) for run in runs}
-    packs = {name: [pack.to(model.device) for pack in _packs(model)] for name, model in models.items()}
+    trained = {Path(run).name: load_trained(run) for run in runs}
+    models = {name: model for name, (model, _) in trained.items()}
+    configs = {name: parts.config for name, (_, parts) in trained.items()}
+    packs = {name: [pack.to(parts.device) for pack in _packs(parts)] for name, (_, parts) in trained.items()}
     images_NHWC = np.stack([image for sample in _samples("--raw", raw)[:NUM_RAW] for image in sample.images.values()])
     restored = {name: model.image_tokenizer.decode(model.image_tokenizer.encode(images_NHWC)) for name, model in models.items()}
-    samples = _samples("evaluation", next(iter(models.values())).config.evaluation.shards)
+    samples = _samples("evaluation", next(iter(models.values())).config.shards)
     prompts = ["".join(s.text for s in sample.segments if s.text) for sample in samples if sample.task == "generation"]
     seconds = _in_turn(
         {
@@ -73,9 +76,9 @@ def bench(*runs: str, raw: str, out: str, batch_images: int = 16, repeats: int =
         evaluation = json.loads(model.folder.evaluation.read_text())
         rows[name] = {
             "tokens_per_image": model.image_tokenizer.height * model.image_tokenizer.width,
-            "steps": model.config.optimizer.num_steps,
-            "samples_per_step": num_samples / NUM_PACKS * model.config.data.num_lanes,
-            "gflops_per_step": flops / NUM_PACKS * model.config.data.num_lanes / 1e9,
+            "steps": configs[name].optimizer.num_steps,
+            "samples_per_step": num_samples / NUM_PACKS * configs[name].data.num_lanes,
+            "gflops_per_step": flops / NUM_PACKS * configs[name].data.num_lanes / 1e9,
             "gflops_per_sample": flops / num_samples / 1e9,
             "seconds_per_sample": seconds[name, "step"] / num_samples,
             "psnr_db": reconstruction_metrics(images_NHWC, restored[name])["psnr_db"],
@@ -122,10 +125,9 @@ def _samples(option: str, shards) -> list[Sample]:
     ]
 
 
-def _packs(model: TrainedModel) -> list:
+def _packs(parts: Parts) -> list:
     """The first packs of the run's first lane."""
-    lane = build.LaneFactory(model.config)(0)
-    return [pack for pack, _ in islice(lane, NUM_PACKS)]
+    return [pack for pack, _ in islice(parts.make_lane(0), NUM_PACKS)]
 
 
 def _train(model: TrainedModel, packs: list) -> None:

@@ -28,9 +28,9 @@ import torch
 import webdataset
 from torch.nn.utils.rnn import pad_sequence
 
-from megavlm import build
 from megavlm.benchmarks import digits
 from megavlm.config import load_config
+from megavlm.parts.parts import Parts
 
 NUM_SHARDS, SAMPLES_PER_SHARD, SAMPLE_TOKENS = 8, 500, 1024
 HEIGHT, WIDTH, CODEBOOK = 31, 32, 256
@@ -72,7 +72,7 @@ def make_lane(folder: Path, run: int, pack_tokens: int):
         "routing.understanding": {"policy": "late_drop", "after_layer": 8},
         "routing.generation": {"policy": "dense"},
     }
-    return build.LaneFactory(build.with_mixture(load_config("digits", overrides)))(0)
+    return Parts(load_config("digits", overrides)).with_mixture().make_lane(0)
 
 
 def time_lane(lane, num_samples: int) -> float:

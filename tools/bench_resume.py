@@ -21,9 +21,9 @@ import numpy as np
 import webdataset
 from rich.progress import track
 
-from megavlm import build
 from megavlm.benchmarks import digits
 from megavlm.config import load_config
+from megavlm.parts.parts import Parts
 
 EARLY = range(10, 70, 6)
 
@@ -63,7 +63,7 @@ def bench(late: int = 10_000, num_shards: int = 400, samples_per_shard: int = 50
             },
             "data.num_lanes": 1, "data.pack_tokens": 1280, "data.look_ahead_samples": 64,
         }  # fmt: skip
-        factory = build.LaneFactory(build.with_mixture(load_config("digits", overrides)))
+        factory = Parts(load_config("digits", overrides)).with_mixture().make_lane
         when = {"early": EARLY, "late": range(late, late + len(EARLY) * EARLY.step, EARLY.step)}
         lane, states = factory(0), {"early": [], "late": []}
         for step in track(range(1, when["late"].stop), description=f"running the lane past step {late}"):

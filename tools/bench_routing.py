@@ -30,12 +30,12 @@ from rich.table import Table
 from torch.nn import functional
 
 from megavlm.costs import ModelShape
-from megavlm.data.encode import GENERATION, UNDERSTANDING, EncodedSample, Span
-from megavlm.data.pack import Costing, build_pack
-from megavlm.data.sample import Coordinates
+from megavlm.data.pack.encode import GENERATION, UNDERSTANDING, EncodedSample, Span
+from megavlm.data.pack.pack import Costing, build_pack
+from megavlm.data.read.sample import Coordinates
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.routing import policies as p
-from megavlm.routing.route import RoutingPlan, Schedule
+from megavlm.routing.plan import RoutingPlan, Schedule
 
 VOCABULARY = 1024
 GATHERED = "everything kept, gathered anyway"

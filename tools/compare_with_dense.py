@@ -14,8 +14,9 @@ import time
 import fire
 import torch
 
-from megavlm import build
-from megavlm.engine.run import RunFolder
+from megavlm.parts.parts import Parts
+from megavlm.parts.trained import load_run_config
+from megavlm.runs.folder import RunFolder
 
 
 def compare(run: str, num_packs: int = 8, repeats: int = 5):
@@ -27,13 +28,14 @@ def compare(run: str, num_packs: int = 8, repeats: int = 5):
         repeats: Passes over all of them, routed and dense in turn.
     """
     folder = RunFolder(run)
-    config, _ = folder.load({"routing.warmup_fraction": 0.0})
+    parts = Parts(load_run_config(folder, {"routing.warmup_fraction": 0.0}))
+    config = parts.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(config.seed)
-    backbone = build.build_backbone(config, build.build_causal_lm(config, build.build_vocabulary(config)))
+    backbone = parts.make_backbone()
     backbone.to(device, dtype)
-    lane = build.LaneFactory(config)(0)
+    lane = parts.make_lane(0)
     routed = [next(lane)[0] for _ in range(num_packs)]
     packs = {
         "routed": [pack.to(device) for pack in routed],

@@ -21,14 +21,14 @@ import time
 from pathlib import Path
 
 from megavlm.benchmarks import digits
-from megavlm.build import LaneFactory
 from megavlm.config import load_config
-from megavlm.engine import launch
-from megavlm.engine.forensics import chain
-from megavlm.engine.manifest import complete_checkpoints, step_of, verify
+from megavlm.launch import train as launch
+from megavlm.parts.parts import Parts
+from megavlm.runs.manifest import complete_checkpoints, step_of, verify
+from megavlm.training.forensics import chain
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "megavlm.engine.launch", "megavlm.engine.trainer"])
+_context.set_forkserver_preload(["torch", "deepspeed", "megavlm.launch.train", "megavlm.training.trainer"])
 
 
 def settings(data: Path, run: Path, hidden_size: int, num_steps: int) -> dict:
@@ -159,7 +159,7 @@ def check_data(run: Path, step: int) -> None:
     config = load_config(str(run / "config.yaml"))
     assert state["step"] == step and len(digests) == config.data.num_lanes
     for number in range(config.data.num_lanes):
-        digest, lane = "", LaneFactory(config)(number)
+        digest, lane = "", Parts(config).make_lane(number)
         for _ in range(step):
             digest = chain(digest, next(lane)[0])
         assert digests[str(number)] == digest, f"lane {number} trained on other samples"

@@ -7,7 +7,7 @@ import fire
 from rich import print as show
 from rich.table import Table
 
-from megavlm.engine.run import RunFolder
+from megavlm.runs.folder import RunFolder
 
 
 def summarize(run: str):

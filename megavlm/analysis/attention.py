@@ -22,8 +22,8 @@ import torch
 
 from megavlm.analysis.rows import IMAGE, KINDS, NUM_CELLS, QUERIES, StageRows, sample_rows
 from megavlm.costs import ModelShape
-from megavlm.data.pack import Pack
-from megavlm.data.sample import TASKS
+from megavlm.data.pack.pack import Pack
+from megavlm.data.read.sample import TASKS
 from megavlm.model.attention import Context, placed
 from megavlm.model.backbone import Backbone
 from megavlm.randomness import Purpose, stream

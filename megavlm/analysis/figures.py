@@ -10,8 +10,8 @@ from megavlm.analysis.attention import Allocation
 from megavlm.analysis.gradients import PARTS
 from megavlm.analysis.probe import Away, Candidate
 from megavlm.analysis.rows import KINDS
-from megavlm.monitor.pictures import pyplot
 from megavlm.routing.policies import LateDrop
+from megavlm.system.pictures import pyplot
 
 KEYS = {"text": "text", "image": "image", "special": "special tokens", "sink": "first token (sink)"}
 COLOURS = {"text": "#4C72B0", "image": "#DD8452", "special": "#8C8C8C", "sink": "#C9B458"}

@@ -10,9 +10,9 @@ import torch
 from megavlm.analysis.gradients import alone, factors_of_tasks
 from megavlm.analysis.similarity import similarity_by_layer
 from megavlm.analysis.subject import Subject
-from megavlm.data.sample import TASKS
+from megavlm.data.read.sample import TASKS
 from megavlm.engine.checkpoint import load_weights
-from megavlm.engine.manifest import complete_checkpoints, step_of
+from megavlm.runs.manifest import complete_checkpoints, step_of
 
 log = logging.getLogger(__name__)
 
@@ -26,17 +26,17 @@ def geometry_of_run(subject: Subject, num_images: int) -> list[dict[str, Any]]:
         subject: The run and its samples.
         num_images: Drawn images to compare with their read versions; fewer if the samples have fewer.
     """
-    packs = [pack.to(subject.device) for pack in subject.packs()]
+    packs = [pack.to(subject.model.device) for pack in subject.packs()]
     labels_t = sum(pack.task_labels for pack in packs)
     factors = factors_of_tasks(_factors(subject, labels_t), labels_t)
     drawn = [s for group in subject.groups for s in group if any(span.has_loss for span in s.spans)][:num_images]
     # images that are read as features have no codes to compare with those that are drawn
-    comparable = drawn and not subject.encoder.reads_features
+    comparable = drawn and not subject.model.encoder.image_tokenizer.feature_width
     found = []
-    for path in complete_checkpoints(subject.folder.checkpoints):
-        load_weights(path, subject.backbone)
-        pairs = alone(subject.backbone, packs, factors)
-        cka = similarity_by_layer(subject.backbone, subject.encoder, drawn, subject.costing, subject.device) if comparable else None
+    for path in complete_checkpoints(subject.model.folder.checkpoints):
+        load_weights(path, subject.model.backbone)
+        pairs = alone(subject.model.backbone, packs, factors)
+        cka = similarity_by_layer(subject.model.backbone, subject.model.encoder, drawn, subject.model.costing, subject.model.device) if comparable else None
         gradients = {pair: {block: asdict(a) for block, a in blocks.items()} for pair, blocks in pairs.items()}
         found.append({"step": step_of(path), "gradients": gradients, "cka": cka})
         log.info("%s: %s", path.name, _in_short(found[-1]))
@@ -48,7 +48,7 @@ def _factors(subject: Subject, labels_t: np.ndarray) -> torch.Tensor:
     weights = subject.config.loss.task_weights
     factor_t = np.array([weights.get(task, 1.0) for task in TASKS]) / np.maximum(labels_t, 1)
     factor_G = np.append(np.tile(factor_t, len(subject.config.data.sources)), 0.0)
-    return torch.tensor(factor_G, dtype=torch.float32, device=subject.device)
+    return torch.tensor(factor_G, dtype=torch.float32, device=subject.model.device)
 
 
 def _in_short(entry: dict[str, Any]) -> str:

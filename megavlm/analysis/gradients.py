@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from megavlm.data.pack import Pack
-from megavlm.data.sample import TASKS
-from megavlm.engine.distributed import World
+from megavlm.data.pack.pack import Pack
+from megavlm.data.read.sample import TASKS
 from megavlm.engine.zero import begin_anew, local_gradients
+from megavlm.system.world import World
 
 PARTS = ("norms", "q", "k", "v", "o", "mlp")
 """Blocks of a layer."""

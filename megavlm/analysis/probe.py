@@ -19,12 +19,13 @@ import torch
 
 from megavlm.analysis.subject import build_packs
 from megavlm.costs import ModelShape
-from megavlm.data.encode import EncodedSample
-from megavlm.data.pack import Costing, Pack
-from megavlm.data.sample import TASKS
+from megavlm.data.pack.encode import EncodedSample
+from megavlm.data.pack.pack import Costing, Pack
+from megavlm.data.read.sample import TASKS
 from megavlm.model.backbone import Backbone
+from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.policies import Dense, LateDrop, LayerPlan, Policy, Tread
-from megavlm.routing.route import GENERATION, UNDERSTANDING, RoutingPlan, Schedule
+from megavlm.routing.route import GENERATION, UNDERSTANDING
 
 SPAN_KINDS = {"understanding": UNDERSTANDING, "generation": GENERATION}
 

@@ -20,18 +20,18 @@ from megavlm.analysis.geometry import geometry_of_run
 from megavlm.analysis.probe import Away, Candidate, Probe
 from megavlm.analysis.subject import Subject
 from megavlm.analysis.suggest import Suggestion, suggest
-from megavlm.data.sample import TASKS
-from megavlm.engine.manifest import step_of
+from megavlm.data.read.sample import TASKS
 from megavlm.routing.policies import LateDrop
+from megavlm.runs.manifest import step_of
 
 
 @torch.no_grad()
 def analyze_attention(subject: Subject, num_rows: int) -> tuple[Table, list[Path]]:
     """Watch the subject's packs; a summary, and the files written."""
-    watch = AttentionWatch(subject.costing.shape, subject.encoder.vocabulary, subject.config.seed, num_rows, num_sequences=10**6)
+    watch = AttentionWatch(subject.model.costing.shape, subject.model.encoder.vocabulary, subject.config.seed, num_rows, num_sequences=10**6)
     for pack in track(subject.packs(), "watching", transient=True):
-        with watch.on(subject.backbone, pack):
-            subject.backbone(pack.to(subject.device))
+        with watch.on(subject.model.backbone, pack):
+            subject.model.backbone(pack.to(subject.model.device))
     shares = watch.shares()
     document = _head(subject) | {
         "attention": {
@@ -56,8 +56,8 @@ def analyze_drops(
     """Probe the subject; a summary, a route where a share was asked for, and the files written."""
     config = subject.config
     probe = Probe(
-        *(subject.backbone, subject.costing.shape, subject.groups, len(config.data.sources)),
-        *(config.loss.task_weights, subject.device),
+        *(subject.model.backbone, subject.model.costing.shape, subject.groups, len(config.data.sources)),
+        *(config.loss.task_weights, subject.model.device),
     )
     candidates = probe.curves(_progress("leaving"))
     if flops_share is not None:
@@ -114,7 +114,7 @@ def _plain(value: Any) -> Any:
 
 def _head(subject: Subject) -> dict[str, Any]:
     return {
-        "checkpoint": subject.checkpoint.name,
+        "checkpoint": subject.model.checkpoint.name,
         "samples_from": subject.origin,
         "samples": sum(map(len, subject.groups)),
         "route": subject.config.evaluation.route,
@@ -122,15 +122,15 @@ def _head(subject: Subject) -> dict[str, Any]:
 
 
 def _folder(subject: Subject) -> Path:
-    return subject.folder.path / "analysis"
+    return subject.model.folder.path / "analysis"
 
 
 def _to_tensorboard(subject: Subject, pictures: Iterable[Path]) -> None:
-    with SummaryWriter(str(subject.folder.tensorboard / "analysis")) as writer:
+    with SummaryWriter(str(subject.model.folder.tensorboard / "analysis")) as writer:
         for path in pictures:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
-            writer.add_image(f"analysis/{path.stem}", pixels, step_of(subject.checkpoint), dataformats="HWC")
+            writer.add_image(f"analysis/{path.stem}", pixels, step_of(subject.model.checkpoint), dataformats="HWC")
 
 
 def _progress(words: str) -> Callable:
@@ -180,6 +180,6 @@ def _describe(candidate: Candidate, dense_flops: float) -> dict[str, Any]:
 
 def _remark(subject: Subject, chosen: Suggestion) -> str:
     return (
-        f"# suggested by `megavlm analyze drops` from {subject.checkpoint.name}: leaves {chosen.flops_share:.1%} of the forward FLOPs\n"
+        f"# suggested by `megavlm analyze drops` from {subject.model.checkpoint.name}: leaves {chosen.flops_share:.1%} of the forward FLOPs\n"
         f"# of the probe's packs; the training's loss rose by {chosen.weighted_rise:.4f} without any training on the route\n"
     )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megavlm.data.pack import Pack
-from megavlm.data.sample import TASKS
+from megavlm.data.pack.pack import Pack
+from megavlm.data.read.sample import TASKS
 from megavlm.routing.route import Route, Stage
 from megavlm.vocabulary import Vocabulary
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megavlm.data.encode import TEXT, UNDERSTANDING, EncodedSample, Encoder, Span
-from megavlm.data.pack import Costing, build_pack
-from megavlm.data.sample import Coordinates
+from megavlm.data.pack.encode import TEXT, UNDERSTANDING, EncodedSample, Encoder, Span
+from megavlm.data.pack.pack import Costing, build_pack
+from megavlm.data.read.sample import Coordinates
 from megavlm.model.backbone import Backbone
 
 MAX_POSITIONS = 64

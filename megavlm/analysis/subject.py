@@ -7,16 +7,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megavlm import build
-from megavlm.config import RunConfig
-from megavlm.data.encode import EncodedSample
-from megavlm.data.pack import Costing, Pack, build_pack
-from megavlm.data.shards import expand_shards
+from megavlm.data.pack.encode import EncodedSample
+from megavlm.data.pack.pack import Costing, Pack, build_pack
+from megavlm.data.read.shards import expand_shards
 from megavlm.errors import ConfigError
-from megavlm.evaluation.evaluate import TrainedModel
+from megavlm.parts.parts import Parts
+from megavlm.parts.trained import load_trained
 
 
-class Subject(TrainedModel):
+class Subject:
     """A trained run to analyse.
 
     Args:
@@ -27,13 +26,14 @@ class Subject(TrainedModel):
     """
 
     def __init__(self, run: str | Path, shards: str | list[str] | None, num_packs: int, overrides: dict[str, Any] | None = None):
-        super().__init__(run, (overrides or {}) | _sources_of(shards))
+        self.model, parts = load_trained(run, (overrides or {}) | _sources_of(shards))
+        self.config = parts.config
         self.origin = "training sources" if shards is None else "held-out shards"
-        self.groups = first_samples(self.config, num_packs)
+        self.groups = first_samples(parts, num_packs)
 
     def packs(self, costing: Costing | None = None) -> list[Pack]:
         """The samples as packs along a route, by default that of ``evaluation.route``; on the host."""
-        return build_packs(self.groups, costing or self.costing, len(self.config.data.sources))
+        return build_packs(self.groups, costing or self.model.costing, len(self.config.data.sources))
 
 
 def build_packs(groups: list[list[EncodedSample]], costing: Costing, num_sources: int) -> list[Pack]:
@@ -41,14 +41,14 @@ def build_packs(groups: list[list[EncodedSample]], costing: Costing, num_sources
     return [build_pack(group, costing, num_sources, lane, step=0, seed=0) for lane, group in enumerate(groups)]
 
 
-def first_samples(config: RunConfig, num_packs: int) -> list[list[EncodedSample]]:
+def first_samples(parts: Parts, num_packs: int) -> list[list[EncodedSample]]:
     """The samples of the first packs of a configuration's only lane.
 
     Raises:
         ConfigError: If there is none.
     """
-    config = build.with_mixture(config.model_copy(update={"data": config.data.model_copy(update={"num_lanes": 1})}))
-    lane, groups = build.LaneFactory(config)(0), []
+    parts = parts.replaced(data=parts.config.data.model_copy(update={"num_lanes": 1})).with_mixture()
+    lane, groups = parts.make_lane(0), []
     try:
         while len(groups) < num_packs:
             groups.append(lane.next_samples())

@@ -15,10 +15,11 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 
-from megavlm.data.sample import Record, Sample, Segment
+from megavlm.data.read.sample import Record, Sample, Segment
 from megavlm.errors import MegavlmError
-from megavlm.frechet import frechet_distance, mean_and_covariance
-from megavlm.model.image_tokenizer import ImageTokenizer, PixelTokenizer
+from megavlm.evaluation.frechet import frechet_distance, mean_and_covariance
+from megavlm.image_tokenizers.pixel import PixelTokenizer
+from megavlm.image_tokenizers.protocol import ImageTokenizer
 from megavlm.randomness import Purpose, stream
 from megavlm.vocabulary import train_text_model
 

@@ -22,8 +22,8 @@ import webdataset
 from PIL import Image
 from scipy import ndimage
 
-from megavlm.data.index import write_index
-from megavlm.data.sample import Record, Segment
+from megavlm.data.read.index import write_index
+from megavlm.data.read.sample import Record, Segment
 from megavlm.errors import MegavlmError
 from megavlm.randomness import Purpose, stream
 from megavlm.vocabulary import train_text_model

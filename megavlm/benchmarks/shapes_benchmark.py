@@ -9,11 +9,10 @@ import numpy as np
 from sklearn.decomposition import PCA
 
 from megavlm.benchmarks.shapes import Prompt, render, satisfies, scene
-from megavlm.data.sample import Sample
+from megavlm.data.read.sample import Sample
 from megavlm.errors import ConfigError
-from megavlm.frechet import frechet_distance, mean_and_covariance
-from megavlm.model.compressed_tokenizer import codes_of
-from megavlm.model.image_tokenizer import ImageTokenizer
+from megavlm.evaluation.frechet import frechet_distance, mean_and_covariance
+from megavlm.image_tokenizers.protocol import ImageTokenizer
 
 NUM_REAL = 1000
 """Freshly drawn scenes per split that the distance compares with, and as many that it is known from."""
@@ -39,8 +38,8 @@ class ShapesBenchmark:
         self.requests = ["".join(s.text for s in sample.segments if s.text) for sample in self._samples]
 
     def judge(self, drawn: np.ndarray) -> dict:
-        images = [next(iter(sample.images.values())) for sample in self._samples]
-        restored = self._tokenizer.decode(np.stack([codes_of(image, self._tokenizer) for image in images]))
+        images = [next(iter(sample.images.items())) for sample in self._samples]
+        restored = self._tokenizer.decode(np.stack([self._tokenizer.encode_member(*image, has_loss=True)[0] for image in images]))
         asked = [_prompt(sample) for sample in self._samples]
         splits = np.array([sample.meta["split"] for sample in self._samples])
         real = {str(split): [_real(split, drawn.shape[1], first) for first in (0, NUM_REAL)] for split in np.unique(splits)}

@@ -17,8 +17,8 @@ import torch
 from torch import distributed
 
 from megavlm.engine import signals
-from megavlm.engine.distributed import World, new_host_group
 from megavlm.engine.signals import Wish
+from megavlm.system.world import World, new_host_group
 
 log = logging.getLogger(__name__)
 

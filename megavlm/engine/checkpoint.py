@@ -6,7 +6,7 @@ divides the lanes.
         step-00000500/
             manifest.json   step, world size, metrics, size and SHA-256 of every other file; its presence marks a complete checkpoint
             state.json      steps of every parameter group, state of every data lane, loss statistics, totals
-            tensors/        torch.distributed.checkpoint: see `megavlm.engine.shards`
+            tensors/        torch.distributed.checkpoint: see `megavlm.engine.zero_state`
 
 ``save`` copies the shards to host memory, which is the only thing that training waits for, and leaves the rest to a
 thread: every rank writes its own file under a temporary name, it is synced to the disk and hashed, and rank 0 renames
@@ -27,12 +27,14 @@ import torch.distributed.checkpoint as dcp
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from megavlm.engine import manifest
-from megavlm.engine.distributed import World, new_host_group
-from megavlm.engine.manifest import Retention, complete_checkpoints, verify
-from megavlm.engine.ownership import Ownership, Superseded
-from megavlm.engine.shards import Staging, group_steps, install, set_group_steps
+from megavlm.engine.zero_state import Staging, group_steps, install, set_group_steps
 from megavlm.errors import MegavlmError
+from megavlm.runs import manifest
+from megavlm.runs.manifest import complete_checkpoints, verify
+from megavlm.runs.ownership import Ownership, Superseded
+from megavlm.runs.retention import CheckpointConfig
+from megavlm.system.files import sha256, sync_folder, write_synced
+from megavlm.system.world import World, new_host_group
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +64,16 @@ class Checkpointer:
     Args:
         folder: Where checkpoints live.
         world: The processes.
-        retention: Which ones stay.
-        background: Write while training goes on; otherwise ``save`` returns when the checkpoint is complete.
+        config: The recipe's ``checkpoint``: which ones stay, and whether training goes on while they are written.
 
     Raises:
         Superseded: If a newer start of the same job owns the folder.
     """
 
-    def __init__(self, folder: Path, world: World, retention: Retention, background: bool = True):
-        self.folder, self.world, self.retention, self.background = folder, world, retention, background
+    def __init__(self, folder: Path, world: World, config: CheckpointConfig):
+        self.folder = folder
+        self.world = world
+        self.config = config
         self._owner: Ownership | None = None
         self._group = new_host_group(WRITING_TIMEOUT_S)
         self._main_group = new_host_group(WRITING_TIMEOUT_S)
@@ -126,7 +129,7 @@ class Checkpointer:
         self.last_step = step
         state = {"step": step, "group_steps": steps, **(shared or {})}
         self._pending = self._writer.submit(self._write, tensors, state, (lanes, of_rank), metrics or {}, begin, stall_s)
-        if not self.background:
+        if not self.config.background:
             wait = self.wait()
             return wait.seconds if wait else 0.0
         return stall_s
@@ -240,7 +243,7 @@ class Checkpointer:
             state["lanes"] = {str(lane): lane_state for lanes, _ in of_ranks for lane, lane_state in lanes.items()}
             state["ranks"] = [other for _, other in of_ranks]
             text = json.dumps(state)
-            self._together(lambda: manifest.write_synced(temporary / "state.json", text) if self._owner else None)
+            self._together(lambda: write_synced(temporary / "state.json", text) if self._owner else None)
             parts = self._together(lambda: self._describe(temporary))
             files = {name: entry for part in parts for name, entry in part.items()}
             self._together(lambda: self._complete(temporary, final, step, files, metrics, begin) if self._owner else None)
@@ -253,7 +256,7 @@ class Checkpointer:
     def _describe(self, temporary: Path) -> dict[str, dict]:
         mine = sorted(p for p in temporary.rglob("*") if p.is_file())[self.world.rank :: self.world.size]
         return {
-            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": manifest.sha256(p)} for p in mine
+            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in mine
         }
 
     def _complete(self, temporary: Path, final: Path, step: int, files: dict, metrics: dict, begin: float) -> None:
@@ -261,15 +264,15 @@ class Checkpointer:
         content = {"format": 2, "step": step, "world_size": self.world.size, "metrics": metrics}
         content |= {"seconds": round(time.perf_counter() - begin, 3), "files": dict(sorted(files.items()))}
         content["sha256"] = manifest.digest_of_manifest(content)
-        manifest.write_synced(temporary / "manifest.json", json.dumps(content, indent=1))
-        manifest.sync_folder(temporary / "tensors")
-        manifest.sync_folder(temporary)
+        write_synced(temporary / "manifest.json", json.dumps(content, indent=1))
+        sync_folder(temporary / "tensors")
+        sync_folder(temporary)
         self._owner.check()
         if final.exists():  # of an earlier life of this run, which went on from an older checkpoint
             manifest.remove(final)
         temporary.rename(final)
-        manifest.sync_folder(self.folder)
-        for old in self.retention.doomed(complete_checkpoints(self.folder)):
+        sync_folder(self.folder)
+        for old in self.config.doomed(complete_checkpoints(self.folder)):
             manifest.remove(old)
 
     def _together(self, function) -> list:

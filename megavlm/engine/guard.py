@@ -10,11 +10,27 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
-from megavlm.config import FaultConfig
+from megavlm.settings import Positive, Settings
+
+
+class FaultConfig(Settings):
+    """Bad steps and hanging ones."""
+
+    spike_sigmas: Annotated[float, Field(gt=0)] = 6.0
+    """A step is skipped if its loss or gradient norm lies so many standard deviations above the mean of the window."""
+    spike_window_steps: Annotated[int, Field(ge=2)] = 128
+    """Accepted steps that mean and deviation are taken over; nothing is a spike until there are so many."""
+    max_skipped_in_a_row: Positive = 10
+    """The run ends when so many steps in a row were skipped."""
+    step_budget_s: Positive = 1800
+    """The watchdog ends a step that takes longer, with the stacks of all ranks; until the first step is done."""
+    steady_step_budget_factor: Annotated[float, Field(gt=1)] = 20.0
+    """From then on the budget is this many times the slowest of the last steps, but at least a minute and at most `step_budget_s`."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +50,13 @@ class Guard:
     """Judges every step.
 
     Args:
-        settings: The recipe's ``faults``.
+        config: The recipe's ``faults``.
         device: Where losses and norms are.
     """
 
-    def __init__(self, settings: FaultConfig, device: torch.device):
-        self.settings = settings
-        window = settings.spike_window_steps
+    def __init__(self, config: FaultConfig, device: torch.device):
+        self.config = config
+        window = config.spike_window_steps
         # the last accepted (loss, norm) pairs, in a ring
         self._history_2W = torch.zeros(2, window, device=device)
         self._count = torch.zeros((), dtype=torch.long, device=device)
@@ -74,7 +90,7 @@ class Guard:
     def _judge(self, pair_2: torch.Tensor) -> torch.Tensor:
         window = self._history_2W.shape[1]
         mean_2 = self._history_2W.mean(1)
-        limit_2 = mean_2 + self.settings.spike_sigmas * self._history_2W.std(1)
+        limit_2 = mean_2 + self.config.spike_sigmas * self._history_2W.std(1)
         # before the window is full nobody knows what is usual
         spike = (pair_2 > limit_2).any() & (self._count >= window)
         bad = ~torch.isfinite(pair_2).all() | spike

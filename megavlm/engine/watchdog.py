@@ -20,7 +20,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from megavlm.engine.exits import Exit
+from megavlm.engine.guard import FaultConfig
+from megavlm.runs.exits import Exit
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,7 @@ class Watchdog:
         folder: ``RUN/hangs``.
         rank: This process.
         world_size: How many there are.
-        first_budget_s: For the first step of the session, which compiles and warms up; also the most that is ever granted.
-        factor: Later steps may take this many times the slowest of the last 32.
+        config: The recipe's ``faults``: the budgets of the first and of later steps.
         end: Called with the exit status instead of ending the process at once; for tests.
         least_budget_s: Never less is granted.
     """
@@ -48,15 +48,20 @@ class Watchdog:
         folder: Path,
         rank: int,
         world_size: int,
-        first_budget_s: float,
-        factor: float,
+        config: FaultConfig,
         end: Callable[[int], None] = os._exit,
         least_budget_s: float = LEAST_BUDGET_S,
     ):
-        self.folder, self.rank, self.world_size, self.end = folder, rank, world_size, end
-        self.first_budget_s, self.factor, self.least_budget_s = first_budget_s, factor, least_budget_s
-        self.stage, self._stage_begin_s = "start", time.monotonic()
-        self._step, self._step_begin_s, self._budget_s = 0, time.monotonic(), first_budget_s
+        self.folder = folder
+        self.rank = rank
+        self.world_size = world_size
+        self.config = config
+        self.end = end
+        self.least_budget_s = least_budget_s
+        self.stage = "start"
+        self._stage_begin_s = self._step_begin_s = time.monotonic()
+        self._step = 0
+        self._budget_s = float(config.step_budget_s)
         self._durations_s: deque[float] = deque(maxlen=32)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -75,7 +80,7 @@ class Watchdog:
     def end_step(self) -> None:
         """The step is over: it counts for the budget of the next ones."""
         self._durations_s.append(time.monotonic() - self._step_begin_s)
-        self._budget_s = min(self.first_budget_s, max(self.least_budget_s, self.factor * max(self._durations_s)))
+        self._budget_s = min(self.config.step_budget_s, max(self.least_budget_s, self.config.steady_step_budget_factor * max(self._durations_s)))
 
     @property
     def slowest_step_s(self) -> float:

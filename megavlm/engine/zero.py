@@ -1,39 +1,76 @@
 """DeepSpeed's ZeRO-3 engine around the backbone, and what we mend in it."""
 
 import json
+from typing import Annotated
 
-import deepspeed
 import torch
-from deepspeed.runtime.zero import stage3
-from deepspeed.utils import safe_get_local_grad
+from pydantic import Field
 
-from megavlm.config import RunConfig, find_resource
-from megavlm.engine.distributed import World
 from megavlm.engine.guard import Guard, GuardedAdamW
+from megavlm.engine.schedule import OptimizerConfig
+from megavlm.settings import Positive, Settings
+from megavlm.system.files import find_resource
+from megavlm.system.world import World
 
 
-def start_engine(backbone: torch.nn.Module, config: RunConfig, world: World, guard: Guard):
-    """DeepSpeed's engine around the backbone, with AdamW in two groups, matrices with weight decay and the rest without."""
-    settings = config.optimizer
+class EngineConfig(Settings):
+    """DeepSpeed and the processes."""
+
+    deepspeed: str = "zero3"
+    """Name of a JSON file in `ds_configs/`, or a path. Batch sizes, precision and clipping are set by the recipe."""
+    timeout_s: Positive = 600
+    """A collective that takes longer is an error instead of a hang; until the first step is done."""
+    step_timeout_s: Positive = 300
+    """The same from then on. Drawings and reports between steps must fit in too."""
+    gc_every_steps: Positive = 100
+    """Python's garbage is collected at these steps, on all ranks together, and at no other time."""
+    stop_margin_s: Annotated[float, Field(ge=0)] = 20.0
+    """Before the job's time limit a run saves and ends; so long before it needs to, going by earlier saves and steps."""
+
+
+def start_engine(
+    backbone: torch.nn.Module,
+    world: World,
+    guard: Guard,
+    *,
+    optimizer: OptimizerConfig,
+    engine: EngineConfig,
+    bfloat16: bool,
+    packs_per_rank: int,
+):
+    """DeepSpeed's engine around the backbone, with AdamW in two groups: matrices with weight decay, the rest without.
+
+    Args:
+        backbone: The model.
+        world: The processes.
+        guard: Judges every step.
+        optimizer: The recipe's ``optimizer``.
+        engine: The recipe's ``engine``.
+        bfloat16: Precision of the forward and backward pass; float32 otherwise.
+        packs_per_rank: Micro-batches of an optimizer step on each rank.
+    """
+    # here, because it takes seconds and only training needs it
+    import deepspeed
+    from deepspeed.runtime.zero import stage3
+
     named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
     groups = [
-        {"name": "decay", "params": [p for _, p in named if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"name": "decay", "params": [p for _, p in named if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
         {"name": "no_decay", "params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = GuardedAdamW(groups, guard, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
-    document = json.loads(find_resource("ds_configs", config.engine.deepspeed, ".json").read_text())
-    bfloat16 = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and world.device.type == "cuda")
+    adamw = GuardedAdamW(groups, guard, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps)
+    document = json.loads(find_resource("ds_configs", engine.deepspeed, ".json").read_text())
     document |= {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.data.num_lanes // world.size,
+        "gradient_accumulation_steps": packs_per_rank,
         # written always: the default has changed between versions of DeepSpeed
-        "gradient_clipping": settings.gradient_clipping,
+        "gradient_clipping": optimizer.gradient_clipping,
         "bf16": {"enabled": bfloat16},
     }
     # DeepSpeed reads the norm back to the host in every step, to skip it there; our guard skips on the device
     stage3.is_invalid_grad_norm = lambda _norm: False
-    engine, *_ = deepspeed.initialize(model=backbone, optimizer=optimizer, config=document)
-    return engine
+    started, *_ = deepspeed.initialize(model=backbone, optimizer=adamw, config=document)
+    return started
 
 
 def gradient_norm(engine) -> torch.Tensor:
@@ -61,4 +98,6 @@ def begin_anew(engine) -> None:
 
 def local_gradients(engine) -> list[torch.Tensor]:
     """Copies of this rank's partitions of the gradients so far, of each trained parameter, in float32."""
+    from deepspeed.utils import safe_get_local_grad
+
     return [safe_get_local_grad(p).clone() for p in engine.module.parameters() if p.requires_grad]

@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megavlm.data.sample import Sample
+from megavlm.data.read.sample import Sample
 from megavlm.errors import ConfigError
-from megavlm.model.image_tokenizer import ImageTokenizer
+from megavlm.image_tokenizers.protocol import ImageTokenizer
 
 BENCHMARKS = {
     "digits": "megavlm.benchmarks.digits:DigitsBenchmark",

@@ -2,61 +2,25 @@
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from megavlm import build
-from megavlm.data.sample import Coordinates, Sample, parse_sample
-from megavlm.data.shards import expand_shards, read_shard
-from megavlm.data.tokenize import check_codes
-from megavlm.engine.checkpoint import load_weights
-from megavlm.engine.run import RunFolder
+from megavlm.data.read.sample import Coordinates, Sample, parse_sample
+from megavlm.data.read.shards import expand_shards, read_shard
+from megavlm.data.tools.tokenize import check_codes
 from megavlm.errors import ConfigError
 from megavlm.evaluation.benchmark import find_benchmark
-from megavlm.evaluation.sampling import draw_images
+from megavlm.evaluation.trained import TrainedModel
 from megavlm.evaluation.understanding import scored_right, task_losses, written_right
-from megavlm.model.backbone import Backbone
-from megavlm.monitor.pictures import save_grid
-from megavlm.randomness import Purpose, integer_seed
+from megavlm.system.pictures import save_grid
 
 log = logging.getLogger(__name__)
 
 
-class TrainedModel:
-    """The weights of a run's newest checkpoint in this one process.
-
-    Args:
-        run: The run folder.
-        overrides: Settings to change, as on the command line.
-    """
-
-    def __init__(self, run: str | Path, overrides: dict[str, Any] | None = None):
-        self.folder = RunFolder(run)
-        self.config, self.checkpoint = self.folder.load(overrides)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.encoder = build.build_encoder(self.config, 0.0, self.device)
-        self.image_tokenizer = self.encoder.image_tokenizer
-        causal_lm = build.build_causal_lm(self.config, self.encoder.vocabulary)
-        self.backbone: Backbone = build.build_backbone(self.config, causal_lm)
-        load_weights(self.checkpoint, self.backbone)
-        self.backbone.to(self.device).eval()
-        self.costing = build.inference_costing(self.config, causal_lm.config)
-
-    def draw(self, prompts: list[str]):
-        """Codes ``[len(prompts), h, w]``, sampled as the recipe's ``evaluation`` says."""
-        settings = self.config.evaluation
-        seed = integer_seed(self.config.seed, Purpose.DRAWING)
-        sampling = (settings.temperature, settings.top_k, settings.guidance)
-        return draw_images(self.backbone, self.encoder, prompts, self.costing, self.device, seed, *sampling)
-
-
-def evaluate(run: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Judge the newest checkpoint of a run; writes ``evaluation.json`` and ``drawings.png`` into the run folder."""
-    model = TrainedModel(run, overrides)
-    settings = model.config.evaluation
+def evaluate(model: TrainedModel) -> dict[str, Any]:
+    """Judge a trained run; writes ``evaluation.json`` and ``drawings.png`` into the run folder."""
+    settings = model.config
     if settings.benchmark is None or settings.shards is None:
         raise ConfigError(
             "evaluation.benchmark and evaluation.shards are not set, so there is nothing to judge with\n"
@@ -93,7 +57,7 @@ def evaluate(run: str | Path, overrides: dict[str, Any] | None = None) -> dict[s
         drawn[:shown],
         benchmark.requests[:shown],
         model.folder.path / "drawings.png",
-        title=f"drawn by {run}, {model.checkpoint.name}",
+        title=f"drawn by {model.folder.path}, {model.checkpoint.name}",
     )
     return result
 

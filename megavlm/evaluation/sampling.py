@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from megavlm.data.encode import EncodedSample, Encoder, GridOnly
-from megavlm.data.pack import Costing
-from megavlm.data.sample import Coordinates, Sample, Segment
-from megavlm.model.compressed_tokenizer import CompressedTokenizer
+from megavlm.data.pack.encode import EncodedSample, Encoder
+from megavlm.data.pack.pack import Costing
+from megavlm.data.read.sample import Coordinates, Sample, Segment
+from megavlm.image_tokenizers.protocol import GridOnly
 from megavlm.model.decoding import Decoder
 
 
@@ -53,9 +53,7 @@ def draw_images(
     ]
     decoder = Decoder(model, samples, [sample.spans[0].start for sample in samples], costing, device)
     logits_BV, drawn, num_codes = decoder.start(), [], grid[0] * grid[1]
-    barred_PC = torch.zeros(num_codes, vocabulary.codebook_size, dtype=torch.bool, device=device)
-    if isinstance(encoder.image_tokenizer, CompressedTokenizer):
-        barred_PC = torch.from_numpy(encoder.image_tokenizer.barred_PC).to(device)
+    barred_PC = torch.from_numpy(encoder.image_tokenizer.barred()).to(device)
     for place in range(num_codes):
         logits_BC = logits_BV[:, vocabulary.first_code : vocabulary.size]
         if guided:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from megavlm.data.encode import EncodedSample, Encoder
-from megavlm.data.pack import Costing, build_pack
-from megavlm.data.sample import TASKS, Sample
+from megavlm.data.pack.encode import EncodedSample, Encoder
+from megavlm.data.pack.pack import Costing, build_pack
+from megavlm.data.read.sample import TASKS, Sample
 from megavlm.evaluation.sampling import answer
 from megavlm.model.backbone import Backbone
 

@@ -9,26 +9,57 @@ the rows of the next::
 Every pack calls the same modules in the same order, whatever it holds (P7).
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megavlm.costs import ModelShape
-from megavlm.data.pack import Pack
-from megavlm.data.sample import TASKS
+from megavlm.data.pack.pack import Pack
+from megavlm.data.read.sample import TASKS
 from megavlm.errors import ConfigError
 from megavlm.model import attention
 from megavlm.model.attention import Context, Guests
 from megavlm.model.loss import chunked_loss
 from megavlm.routing.injection import Injector
-from megavlm.routing.route import GENERATION, UNDERSTANDING, RoutingPlan, Stage
+from megavlm.routing.plan import RoutingPlan
+from megavlm.routing.route import GENERATION, UNDERSTANDING, Stage
 from megavlm.routing.router import Router
+from megavlm.settings import Settings
+
+NOT_ARCHITECTURE = ("vocab_size", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "_name_or_path",
+                    "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+"""Fields of a pretrained model's config.json that say nothing about its layers, or that the run's own vocabulary replaces."""
+
+
+def _architecture_of(folder: str) -> dict[str, Any]:
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError("is neither a mapping nor a folder with config.json")
+    tree = json.loads(file.read_text())
+    if "auto_map" in tree:
+        raise ValueError("needs code of its own, which is never run")
+    return {name: value for name, value in tree.items() if name not in NOT_ARCHITECTURE}
+
+
+class ModelConfig(Settings):
+    """The backbone: decoder layers of a stock Hugging Face model."""
+
+    architecture: Annotated[dict[str, Any], BeforeValidator(lambda given: _architecture_of(given) if isinstance(given, str) else given)]
+    """A `transformers` configuration: `model_type` and its fields, or the folder of a pretrained model, whose `config.json` is then taken over.
+    `vocab_size` is set by the vocabulary."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward and backward pass; `auto` is bfloat16 on CUDA and float32 on CPU."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of storing its activations."""
 
 
 def make_causal_lm(architecture: dict[str, Any], vocabulary_size: int) -> PreTrainedModel:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from megavlm.data.encode import EncodedSample
-from megavlm.data.pack import Costing, Pack, build_pack
+from megavlm.data.pack.encode import EncodedSample
+from megavlm.data.pack.pack import Costing, Pack, build_pack
 from megavlm.model.backbone import Backbone
 from megavlm.routing.route import Choice, Stage
 

@@ -7,9 +7,25 @@ import numpy as np
 import torch
 
 from megavlm.costs import BACKWARD_FACTOR
-from megavlm.data.pack import Pack
-from megavlm.data.sample import TASKS
-from megavlm.engine.distributed import World
+from megavlm.data.pack.pack import Pack
+from megavlm.data.read.sample import TASKS
+from megavlm.settings import Positive, Settings
+from megavlm.system.world import World
+
+
+class MonitorConfig(Settings):
+    """What is reported, and how often."""
+
+    log_every_steps: Positive = 10
+    """Steps between lines in the log and points in TensorBoard."""
+    sample_every_steps: Positive | None = None
+    """Steps between drawings that go to TensorBoard and `samples/`; none if not given."""
+    sample_prompts: list[str] = []
+    """What to draw then."""
+    attention_every_steps: Positive | None = None
+    """Steps between looks at where attention goes, by layer and task, in the step's own packs; none if not given."""
+    geometry_every_steps: Positive | None = None
+    """Steps between comparisons of the tasks' gradients, by block; none if not given. Such a step costs as much again for each task."""
 
 
 TOTALS = ("tokens", "samples", "executed_flops", "seconds", "cpu_seconds", *(f"labels_of_{task}" for task in TASKS))

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megavlm.engine.distributed import World
-from megavlm.engine.manifest import write_atomically
+from megavlm.system.files import write_atomically
+from megavlm.system.world import World
 
 HEAVY_PACKS, SLOW_COMPUTE, SLOW_DATA_SHARE = 1.1, 1.3, 0.05
 

@@ -5,7 +5,7 @@ is inactive in a layer stays in the residual stream as it was: whether it is *dr
 again later) is only a matter of the later layers' shares.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple, Union
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 
 from pydantic import AfterValidator, Field, GetCoreSchemaHandler
 
@@ -31,11 +31,12 @@ class LayerPlan(NamedTuple):
 
 
 DENSE = LayerPlan()
+P = TypeVar("P", bound="type[Policy]")
 POLICIES: dict[str, type["Policy"]] = {}
 """Every policy that a recipe can name."""
 
 
-def register_policy(policy: type["Policy"]) -> type["Policy"]:
+def register_policy(policy: P) -> P:
     """Class decorator: make a policy known to recipes under the default of its field ``policy``."""
     POLICIES[policy.model_fields["policy"].default] = policy
     return policy

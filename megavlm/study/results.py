@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from megavlm.engine.manifest import complete_checkpoints
-from megavlm.engine.run import RunFolder
+from megavlm.runs.folder import RunFolder
+from megavlm.runs.manifest import complete_checkpoints
 from megavlm.study.runner import is_judged
 from megavlm.study.spec import JOINT, Arm, Metric, StudyConfig
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megavlm.config import load_config, save_config
-from megavlm.engine.distributed import without_place
-from megavlm.engine.manifest import complete_checkpoints, step_of
-from megavlm.engine.run import RunFolder
 from megavlm.errors import MegavlmError
+from megavlm.runs.folder import RunFolder
+from megavlm.runs.manifest import complete_checkpoints, step_of
 from megavlm.study.spec import Arm
+from megavlm.system.world import without_place
 
 
 def is_trained(arm: Arm) -> bool:

@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from megavlm.build import with_mixture
-from megavlm.config import RoutingConfig, RunConfig, find_resource, load_config, read_settings, read_value
-from megavlm.data.mixture import token_shares
+from megavlm.config import RunConfig, load_config, read_settings, read_value
+from megavlm.data.pack.mixture import token_shares
 from megavlm.errors import ConfigError
+from megavlm.parts.parts import Parts
+from megavlm.routing.plan import RoutingConfig
 from megavlm.routing.policies import Dense
 from megavlm.settings import Settings
+from megavlm.system.files import find_resource
 
 JOINT, DENSE = "joint", "dense"
 
@@ -126,7 +128,7 @@ def _configure(study: StudyConfig, policy: dict[str, Any], data: str, seed: int)
     wanted = study.tasks[data].sources
     if unknown := [name for name in wanted if name not in joint.data.sources]:
         raise ConfigError(f"tasks.{data}.sources: {study.recipe} has no source {', '.join(unknown)}\n  do:    correct the name")
-    shares = dict(zip(joint.data.sources, token_shares(with_mixture(joint).data.mixture, joint.data)))
+    shares = dict(zip(joint.data.sources, token_shares(Parts(joint).with_mixture().mixture, joint.data)))
     lanes = joint.data.num_lanes * sum(shares[name] for name in wanted)
     num_lanes = max(1, round(lanes))
     sources = {name: source for name, source in joint.data.sources.items() if name in wanted}

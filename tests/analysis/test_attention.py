@@ -11,8 +11,8 @@ from transformers import AttentionInterface
 
 from megavlm.analysis.attention import STATISTICS, AttentionWatch, statistics
 from megavlm.analysis.rows import IMAGE, QUERIES, SINK, SPECIAL, TEXT, token_kinds
-from megavlm.data.pack import build_pack
-from megavlm.data.sample import TASKS
+from megavlm.data.pack.pack import build_pack
+from megavlm.data.read.sample import TASKS
 from megavlm.model.attention import NAME
 from tests.model import reference
 from tests.model.reference import Reference

@@ -5,12 +5,12 @@ import pytest
 import torch
 import yaml
 
-from megavlm import build
 from megavlm.analysis.probe import Away, Probe
 from megavlm.analysis.subject import first_samples
 from megavlm.analysis.suggest import suggest
 from megavlm.config import load_config
 from megavlm.errors import MegavlmError
+from megavlm.parts.parts import Parts
 from megavlm.routing.policies import Dense, LateDrop
 
 RATIOS = (0.25, 0.5)
@@ -20,17 +20,17 @@ RATIOS = (0.25, 0.5)
 def make_probe(make_config):
     def make(deaf_from: int = 4, **weights):
         """A model whose layers from ``deaf_from`` on bring nothing from other tokens."""
-        config = build.with_mixture(make_config())
+        config = Parts(make_config()).with_mixture().config
         torch.manual_seed(0)
-        causal_lm = build.build_causal_lm(config, build.build_vocabulary(config))
+        causal_lm = Parts(config).make_causal_lm()
         for parameter in causal_lm.parameters():
             if parameter.ndim == 2:
                 torch.nn.init.normal_(parameter, std=0.2)
         for layer in causal_lm.model.layers[deaf_from:]:
             torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        backbone = build.build_backbone(config, causal_lm)
-        costing = build.inference_costing(config, causal_lm.config)
-        return Probe(backbone, costing.shape, first_samples(config, 2), 2, {"understanding": 0.1} | weights, torch.device("cpu"))
+        backbone = Parts(config).make_backbone(causal_lm)
+        costing = Parts(config).inference_costing
+        return Probe(backbone, costing.shape, first_samples(Parts(config), 2), 2, {"understanding": 0.1} | weights, torch.device("cpu"))
 
     return make
 
@@ -87,7 +87,7 @@ def test_the_suggestion_meets_its_target_at_the_least_rise_and_loads(make_probe,
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         config = load_config(str(tmp_path / "recipe.yaml"))
         assert (config.routing.understanding, config.routing.generation) == (chosen.understanding, chosen.generation)
-        plan = build.build_routing_plan(config, 4)
+        plan = Parts(config).plan
         assert plan.num_stages >= 1
         if shared:
             assert {chosen.understanding.policy, chosen.generation.policy} == {"shared_bypass"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.test_cli import megavlm
+from tests.cli.test_main import megavlm
 
 
 def finite(value):

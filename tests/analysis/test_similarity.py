@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm import build
 from megavlm.analysis.similarity import _as_read, image_states, linear_cka, similarity_by_layer
 from megavlm.analysis.subject import first_samples
+from megavlm.parts.parts import Parts
 
 
 def test_equal_rotated_scaled_and_shifted_states_are_the_same():
@@ -35,12 +35,12 @@ def test_both_forms_agree():
 
 @pytest.fixture
 def drawn(make_config):
-    config = build.with_mixture(make_config())
+    config = Parts(make_config()).with_mixture().config
     torch.manual_seed(0)
-    encoder = build.build_encoder(config, 0.0)
-    causal_lm = build.build_causal_lm(config, encoder.vocabulary)
-    samples = [s for group in first_samples(config, 4) for s in group if s.spans[0].has_loss]
-    return build.build_backbone(config, causal_lm), encoder, samples, build.inference_costing(config, causal_lm.config)
+    encoder = Parts(config).encoder
+    causal_lm = Parts(config).make_causal_lm()
+    samples = [s for group in first_samples(Parts(config), 4) for s in group if s.spans[0].has_loss]
+    return Parts(config).make_backbone(causal_lm), encoder, samples, Parts(config).inference_costing
 
 
 def test_pairs_are_the_same_codes_in_the_two_roles(drawn):

@@ -1,6 +1,6 @@
 """What ranks do in the tests of the laboratory. Functions here are called in other processes, by name."""
 
-from megavlm.engine.trainer import Trainer
+from megavlm.launch.train import make_trainer
 from tests.distributed.work import weights
 
 
@@ -14,20 +14,21 @@ def train_on_each(world, jobs: dict) -> dict:
 
 
 def _train_on(world, config, packs_of_steps: list) -> dict:
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     trainer.loader = iter([(packs[world.rank :: world.size], {}) for packs in packs_of_steps])
     norms, zero = [], trainer.engine.optimizer
-    compare_tasks, left = trainer.instruments.compare_tasks, []
+    instruments, left = trainer.observers[0], []
+    compare_tasks = instruments.before_step
 
-    def compare_and_look(*args):
-        compare_tasks(*args)
+    def compare_and_look(step):
+        compare_tasks(step)
         left.append((float(zero.grad_partitions_flat_buffer.abs().sum()), zero.micro_step_id))
 
-    trainer.instruments.compare_tasks = compare_and_look
+    instruments.before_step = compare_and_look
     for step in range(len(packs_of_steps)):
         norms.append(float(trainer.train_step(step)))
         trainer.step = step + 1
-        trainer.instruments.report(trainer.step)
+        instruments.after_step(trainer.step)
     if trainer.writer:
         trainer.writer.close()
     return {"norms": norms, "weights": weights(trainer.engine), "left": left}

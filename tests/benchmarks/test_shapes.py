@@ -18,7 +18,7 @@ from megavlm.benchmarks.shapes import (
     see,
     write,
 )
-from megavlm.data.lint import lint
+from megavlm.data.tools.lint import lint
 
 
 def kinds(shapes):
@@ -84,7 +84,7 @@ def test_answers_are_exact():
 
 
 def test_shards_are_the_same_every_time_and_a_longer_set_begins_with_a_shorter(tmp_path):
-    from megavlm.config import SourceConfig
+    from megavlm.data.read.source import SourceConfig
 
     first = write(tmp_path / "a", 32, 30, 10, samples_per_shard=20)
     write(tmp_path / "b", 32, 50, 10, samples_per_shard=20)

@@ -5,10 +5,11 @@ import pytest
 
 from megavlm.benchmarks.shapes import record, render
 from megavlm.benchmarks.shapes_benchmark import ShapesBenchmark
-from megavlm.data.sample import Coordinates, Sample
+from megavlm.data.read.sample import Coordinates, Sample
 from megavlm.errors import ConfigError
 from megavlm.evaluation.benchmark import find_benchmark
-from megavlm.model.image_tokenizer import PixelTokenizer
+from megavlm.image_tokenizers.pixel import PixelTokenizer
+from megavlm.image_tokenizers.protocol import DenseCodes
 
 NUM = 40
 
@@ -18,7 +19,7 @@ def sample(split, task, number):
     return Sample(f"{split}-{number}", made.task, made.segments, {"img0": render(shapes, 32)}, Coordinates(0, 0, 0, number), made.meta)
 
 
-class Exact:
+class Exact(DenseCodes):
     """A tokenizer that loses nothing: a code is the number of a picture."""
 
     def __init__(self):

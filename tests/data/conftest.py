@@ -2,14 +2,16 @@
 
 import io
 import json
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 import webdataset
 
-from megavlm import build
 from megavlm.config import load_config
+from megavlm.data.pack.lane import Lane
+from megavlm.parts.parts import Parts
 from tests.conftest import TINY
 
 
@@ -56,12 +58,12 @@ def corpus_sources(corpus):
     }
 
 
-def factory_of(digits_folder, sources, **settings) -> build.LaneFactory:
+def factory_of(digits_folder, sources, **settings) -> Callable[[int], Lane]:
     """A lane factory of the tiny recipe on other sources, with these settings of `data`."""
     data = {"pack_tokens": 80, "look_ahead_samples": 8, "num_lanes": 4} | settings
     places = {"run_dir": "unused", "vocabulary.text_model": str(digits_folder / "text.model"), "data.sources": sources}
     overrides = TINY | places | {f"data.{name}": value for name, value in data.items()}
-    return build.LaneFactory(build.with_mixture(load_config("digits", overrides)))
+    return Parts(load_config("digits", overrides)).with_mixture().make_lane
 
 
 @pytest.fixture

@@ -9,18 +9,18 @@ from functools import partial
 import torch
 
 from megavlm.engine import agreement, signals
-from megavlm.engine import trainer as trainer_module
-from megavlm.engine.exits import RunEnded
-from megavlm.engine.shards import group_steps
-from megavlm.engine.trainer import Trainer
 from megavlm.engine.watchdog import Watchdog
+from megavlm.engine.zero_state import group_steps
+from megavlm.launch.train import make_trainer
+from megavlm.runs.exits import RunEnded
+from megavlm.training import trainer as trainer_module
 from tests.distributed.work import _watched, listen, weights
 
 
 def inject_nan(world, config, steps) -> dict:
     """Train to the end; in these steps the last rank's loss is multiplied by NaN in its backward pass."""
     log = listen()
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     record = {"ids": [], "weights": {}, "skipped": [], "ended": "done", "code": 0}
     trainer.loader = _watched(trainer.loader, record)
     mlp = trainer.engine.module.causal_lm.model.layers[0].mlp
@@ -50,7 +50,7 @@ def hang(world, config) -> dict:
     """In the third step rank 1's data do not come for a while; the watchdogs may report, but not end the process."""
     log, codes = listen(), []
     trainer_module.Watchdog = partial(Watchdog, end=codes.append, least_budget_s=4.0)
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     trainer.loader = _late(trainer.loader, world.rank, codes)
     trainer.run()
     return {"codes": [int(code) for code in codes], "log": log.getvalue()}
@@ -71,7 +71,7 @@ def sleep_here(codes) -> None:
 def stop_by_signal(world, config, name: str) -> dict:
     """Rank 1 gets a signal while it runs the first micro-batch of the third step."""
     signals.listen()
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     packs = []
     forward = trainer.engine.module.forward
 
@@ -92,7 +92,7 @@ def stop_by_signal(world, config, name: str) -> dict:
 
 def stop_by_touching(world, config) -> dict:
     """Somebody touches ``save`` during the third step and ``stop`` during the sixth."""
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
 
     def touch(step):
         if world.is_main and step in (2, 5):
@@ -108,7 +108,7 @@ def stop_by_touching(world, config) -> dict:
 
 def stop_with_a_full_disk(world, config) -> dict:
     """Somebody touches ``stop`` during the third step, when nothing of more than 20 kB can be written any more."""
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
 
     def fill_and_touch(step):
         if step == 2:

@@ -8,7 +8,7 @@ import time
 import traceback
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "megavlm.engine.trainer"])
+_context.set_forkserver_preload(["torch", "deepspeed", "megavlm.training.trainer"])
 
 
 def run_ranks(world_size: int, function, *args, timeout_s: float = 120) -> list:
@@ -61,7 +61,7 @@ def _rank(queue, rank: int, world_size: int, port: int, call: bytes) -> None:
     }
     import torch
 
-    from megavlm.engine import distributed
+    from megavlm.system import world as distributed
 
     torch.set_num_threads(1)
     try:

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from megavlm.cli import main
-from megavlm.engine.exits import Exit
-from megavlm.engine.forensics import replay
+from megavlm.cli.main import main
+from megavlm.runs.exits import Exit
+from megavlm.training.forensics import replay
 from tests.distributed.fault_work import hang, inject_nan, stop_by_signal, stop_by_touching, stop_with_a_full_disk
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import train

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megavlm.data.pack import build_pack
+from megavlm.data.pack.pack import build_pack
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import train, train_on_each, train_with_extra
 from tests.routing.layouts import POLICIES, costing, make_samples

@@ -8,12 +8,12 @@ import threading
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from megavlm import build
-from megavlm.engine import trainer as trainer_module
-from megavlm.engine.ownership import Ownership, Superseded
-from megavlm.engine.shards import group_steps
-from megavlm.engine.trainer import Trainer
+from megavlm.engine.zero_state import group_steps
+from megavlm.launch.train import make_trainer
 from megavlm.model.backbone import Backbone
+from megavlm.parts import parts as parts_module
+from megavlm.runs.ownership import Ownership, Superseded
+from megavlm.training import trainer as trainer_module
 
 
 def weights(engine) -> dict:
@@ -28,7 +28,7 @@ def weights(engine) -> dict:
 
 def train(world, config, num_steps: int) -> dict:
     """Train to ``num_steps``, saving as the recipe says; what was seen and what came out."""
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     record = {"first": trainer.step, "ids": [], "losses": [], "norms": []}
     if trainer.step:
         record["restored"] = weights(trainer.engine)
@@ -57,7 +57,7 @@ def train_on_each(world, jobs: dict) -> dict:
 
 def train_on(world, config, packs_of_steps: list) -> dict:
     """Train on given packs: ``packs_of_steps[step]`` are all packs of a step, dealt to ranks like lanes."""
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     trainer.loader = iter([(packs[world.rank :: world.size], {}) for packs in packs_of_steps])
     norms = [float(trainer.train_step(step)) for step in range(len(packs_of_steps))]
     return {"norms": norms, "weights": weights(trainer.engine)}
@@ -82,10 +82,10 @@ def train_with_extra(world, config, num_steps: int, absent_step: int, forget: bo
 
     With ``forget`` false, the remedy for DeepSpeed's stale gradients is taken away.
     """
-    build.Backbone = WithExtra
+    parts_module.Backbone = WithExtra
     if not forget:
         trainer_module.forget_gradients = lambda engine: None
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     extra, history = trainer.engine.module.extra, []
     for step in range(num_steps):
         trainer.engine.module.use_extra = step != absent_step
@@ -106,13 +106,13 @@ def listen() -> io.StringIO:
 def restore_and_listen(world, config) -> dict:
     """Start a run; the step it goes on from, and what it says."""
     text = listen()
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     return {"step": trainer.step, "log": text.getvalue()}
 
 
 def save_with_other_group_steps(world, config) -> dict:
     """Change one group's step counter and save under the next step."""
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     zero = trainer.engine.optimizer
     assert [group["name"] for group in zero.optimizer.param_groups] == ["decay", "no_decay"]
     zero.optimizer.state[zero.fp32_partitioned_groups_flat[1]]["step"].fill_(9)
@@ -125,7 +125,7 @@ def save_with_other_group_steps(world, config) -> dict:
 def train_with_a_full_disk(world, config) -> dict:
     """Three steps, each saved; the last rank cannot write files of more than 20 kB during the second save."""
     text = listen()
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     saves = []
     for step in range(3):
         trainer.train_step(step)
@@ -139,7 +139,7 @@ def train_with_a_full_disk(world, config) -> dict:
 
 def train_while_writing(world, config) -> dict:
     """Save after one step, with a writer that does nothing before two more steps are done."""
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     may_write, done = threading.Event(), []
     write_files = trainer.checkpointer._write_files
 
@@ -163,7 +163,7 @@ def train_while_writing(world, config) -> dict:
 
 def save_after_a_newer_start(world, config) -> str:
     """A newer start takes the folder over between a step and its save."""
-    trainer = Trainer(config, world)
+    trainer = make_trainer(config, world)
     trainer.train_step(0)
     trainer.step = 1
     if world.is_main:

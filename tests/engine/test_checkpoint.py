@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from megavlm.config import load_config
-from megavlm.engine.manifest import complete_checkpoints, verify
+from megavlm.runs.manifest import complete_checkpoints, verify
 from tests.conftest import TINY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import (

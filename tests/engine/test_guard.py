@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megavlm.config import FaultConfig
-from megavlm.engine.guard import Guard, GuardedAdamW
+from megavlm.engine.guard import FaultConfig, Guard, GuardedAdamW
 
 SETTINGS = FaultConfig(spike_window_steps=8, spike_sigmas=6.0)
 

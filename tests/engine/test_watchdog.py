@@ -3,13 +3,14 @@
 import json
 import time
 
-from megavlm.engine.exits import Exit
+from megavlm.engine.guard import FaultConfig
 from megavlm.engine.watchdog import Watchdog, describe_hang
+from megavlm.runs.exits import Exit
 
 
 def test_a_step_over_budget_is_reported_with_stage_and_stacks(tmp_path):
     codes = []
-    dog = Watchdog(tmp_path, 0, 1, first_budget_s=100, factor=2, end=codes.append, least_budget_s=1)
+    dog = Watchdog(tmp_path, 0, 1, FaultConfig(step_budget_s=100, steady_step_budget_factor=2), end=codes.append, least_budget_s=1)
     dog.begin_step(4)
     dog.end_step()  # a fast step: the budget is now the least
     dog.begin_step(5)
@@ -25,7 +26,7 @@ def test_a_step_over_budget_is_reported_with_stage_and_stacks(tmp_path):
 
 def test_one_that_notices_makes_all_write(tmp_path):
     codes = []
-    dog = Watchdog(tmp_path, 1, 1, first_budget_s=1000, factor=2, end=codes.append)
+    dog = Watchdog(tmp_path, 1, 1, FaultConfig(step_budget_s=1000, steady_step_budget_factor=2), end=codes.append)
     dog.begin_step(0)
     (tmp_path / "step-00000001").mkdir()
     (tmp_path / "step-00000001" / "noticed").touch()
@@ -35,7 +36,7 @@ def test_one_that_notices_makes_all_write(tmp_path):
 
 def test_fast_steps_are_left_alone(tmp_path):
     codes = []
-    dog = Watchdog(tmp_path, 0, 1, first_budget_s=100, factor=2, end=codes.append)
+    dog = Watchdog(tmp_path, 0, 1, FaultConfig(step_budget_s=100, steady_step_budget_factor=2), end=codes.append)
     for step in range(3):
         dog.begin_step(step)
         dog.end_step()

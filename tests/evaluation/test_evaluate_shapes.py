@@ -5,12 +5,14 @@ import json
 import pytest
 
 from megavlm.benchmarks import shapes
-from megavlm.config import SourceConfig, load_config
-from megavlm.data.tokenize import encode_shard, encode_shards
+from megavlm.config import load_config
+from megavlm.data.read.source import SourceConfig
+from megavlm.data.tools.images import read_images
+from megavlm.data.tools.tokenize import encode_shard, encode_shards
 from megavlm.errors import ConfigError
 from megavlm.evaluation.evaluate import evaluate
-from megavlm.model.vq_tokenizer import VQTokenizer
-from megavlm.model.vq_training import Plan, train_tokenizer
+from megavlm.image_tokenizers.vq import VQTokenizer
+from megavlm.image_tokenizers.vq_training import Plan, train_tokenizer
 from tests.conftest import TINY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import train
@@ -21,7 +23,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     shapes.write(folder, 32, 60, 24, samples_per_shard=60)
     plan = Plan(codebook_size=16, height=4, width=4, steps=4, channels=32)
-    train_tokenizer([str(folder / "images-train-0000.tar")], SourceConfig(shards="none"), folder / "vq", plan)
+    train_tokenizer(read_images([str(folder / "images-train-0000.tar")], SourceConfig(shards="none")), folder / "vq", plan)
     tokenizer = VQTokenizer(folder / "vq", 4, 4)
     encode_shards([], folder / "codes", tokenizer, 1, ["cpu"])  # the manifest
     for task in ("understanding", "generation"):

@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm import build
-from megavlm.data.sample import Coordinates, Sample, Segment
+from megavlm.data.read.sample import Coordinates, Sample, Segment
 from megavlm.evaluation.sampling import answer, draw_images
 from megavlm.evaluation.understanding import sample_losses, scored_right, written_right
+from megavlm.parts.parts import Parts
 
 
 @pytest.fixture
 def parts(make_config):
     config = make_config()
-    encoder = build.build_encoder(config, unconditional_ratio=0.0)
+    encoder = Parts(config).encoder
     torch.manual_seed(0)
-    causal_lm = build.build_causal_lm(config, encoder.vocabulary)
-    costing = build.inference_costing(config, causal_lm.config)
-    return build.build_backbone(config, causal_lm).eval(), encoder, costing, torch.device("cpu")
+    causal_lm = Parts(config).make_causal_lm()
+    costing = Parts(config).inference_costing
+    return Parts(config).make_backbone(causal_lm).eval(), encoder, costing, torch.device("cpu")
 
 
 def draw(parts, **settings):

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from megavlm.data.encode import GENERATION, UNDERSTANDING
+from megavlm.data.pack.encode import GENERATION, UNDERSTANDING
 from megavlm.model.backbone import Backbone
-from megavlm.routing.route import num_kept
+from megavlm.routing.plan import num_kept
 
 
 def _attention(module, query, key, value, attention_mask, *, scaling, guests, **_unused):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavlm.data.pack import build_pack
+from megavlm.data.pack.pack import build_pack
 from megavlm.errors import ConfigError
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.routing.route import Route, Stage

@@ -2,7 +2,7 @@
 
 import torch
 
-from megavlm.data.pack import build_pack
+from megavlm.data.pack.pack import build_pack
 from megavlm.model.decoding import Decoder
 from tests.model.test_backbone import EVERY_POLICY, make_backbone
 from tests.routing.layouts import costing, make_samples

@@ -4,9 +4,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from megavlm.costs import ModelShape
-from megavlm.data.encode import GENERATION, TEXT, UNDERSTANDING, EncodedSample, Span
-from megavlm.data.pack import Costing, build_pack
-from megavlm.data.sample import Coordinates
+from megavlm.data.pack.encode import GENERATION, TEXT, UNDERSTANDING, EncodedSample, Span
+from megavlm.data.pack.pack import Costing, build_pack
+from megavlm.data.read.sample import Coordinates
+from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.policies import (
     Dense,
     KVInjection,
@@ -19,7 +20,6 @@ from megavlm.routing.policies import (
     SharedBypass,
     Tread,
 )
-from megavlm.routing.route import RoutingPlan, Schedule
 
 NUM_LAYERS, VOCABULARY = 4, 150
 SHAPE = ModelShape(32, NUM_LAYERS, 4, 2, 8, 64, VOCABULARY)

@@ -4,11 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megavlm.data.encode import Span
-from megavlm.data.encode import Layout
+from megavlm.data.pack.encode import Layout, Span
 from megavlm.errors import ConfigError
+from megavlm.routing.builder import build_route
+from megavlm.routing.plan import RoutingPlan, Schedule, num_kept
 from megavlm.routing.policies import Dense, LateDrop, Merge, Pyramid, RandomLTD, SharedBypass, Tread
-from megavlm.routing.route import GENERATION, PackLayout, RoutingPlan, Schedule, num_kept
+from megavlm.routing.route import GENERATION, PackLayout
 from tests.routing.layouts import LAYOUTS, NUM_LAYERS, POLICIES, SHAPE, costing, make_pack, make_samples
 
 EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES)
@@ -84,7 +85,7 @@ def test_stride_keeps_every_second_token_of_every_second_row():
     policy = RandomLTD(keep_ratio=0.25, selector="stride")
     plan = RoutingPlan(policy, Dense(), NUM_LAYERS, Schedule(1, 0, 0))
     layout = PackLayout(np.array([64]), [Span(0, 8, 8, False)], np.array([0]), np.array([64]), np.zeros(0, np.int64))
-    route = plan.route(layout, 1.0, None)
+    route = build_route(plan, layout, 1.0, None)
     rows, columns = np.divmod(route.stages[1].active_K.numpy(), 8)
     assert set(rows) == set(columns) == {0, 2, 4, 6}
 

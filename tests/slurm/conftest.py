@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megavlm.engine.manifest import complete_checkpoints, step_of
+from megavlm.runs.manifest import complete_checkpoints, step_of
 from tests.conftest import TINY
 from tests.slurm.cluster import Cluster, Unavailable
 

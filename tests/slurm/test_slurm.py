@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from megavlm.build import LaneFactory
 from megavlm.config import load_config
-from megavlm.engine.forensics import chain
-from megavlm.engine.manifest import complete_checkpoints
+from megavlm.parts.parts import Parts
+from megavlm.runs.manifest import complete_checkpoints
+from megavlm.training.forensics import chain
 from tests.slurm.conftest import NUM_STEPS
 
 pytestmark = pytest.mark.timeout(900)
@@ -68,7 +68,7 @@ def test_the_time_limit_ends_in_a_requeued_job_that_goes_on(make_run):
     config = load_config(str(run.folder / "config.yaml"))
     step, digests, _ = run.data()
     for number in range(config.data.num_lanes):
-        digest, lane = "", LaneFactory(config)(number)
+        digest, lane = "", Parts(config).make_lane(number)
         for _ in range(step):
             digest = chain(digest, next(lane)[0])
         assert digests[str(number)] == digest

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from megavlm.cli import main
+from megavlm.cli.main import main
 from megavlm.study.report import statements, summarize
 from megavlm.study.results import Results
 from megavlm.study.spec import Metric, StudyConfig

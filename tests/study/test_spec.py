@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megavlm import build
 from megavlm.config import load_config
 from megavlm.errors import ConfigError
+from megavlm.parts.parts import Parts
 from megavlm.routing.policies import Dense
 from megavlm.study.spec import JOINT, load_study, plan_arms, write_array
 from tests.conftest import TINY
@@ -60,8 +60,8 @@ def test_an_arm_alone_sees_as_many_tokens_of_its_task_as_the_joint_arm(make_stud
     study = make_study(seeds=[0])
 
     def labelled_tokens(config, task):
-        config = build.with_mixture(config)
-        factory, total = build.LaneFactory(config), 0.0
+        config = Parts(config).with_mixture().config
+        factory, total = Parts(config).make_lane, 0.0
         for number in range(config.data.num_lanes):
             lane = factory(number)
             total += sum(next(lane)[0].task_labels[task] for _ in range(100))
@@ -100,4 +100,4 @@ def test_the_policies_of_a_study_that_ships_fit_its_model(name):
     study = load_study(name)
     for policy in study.policies.values():
         config = load_config(study.recipe, study.overrides | policy)
-        build.build_routing_plan(config, config.model.architecture["num_hidden_layers"])
+        Parts(config).plan

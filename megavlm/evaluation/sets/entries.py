@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from megavlm.config import import_user_module
-from megavlm.data.sample import IMAGE_TYPES, decode_image
+from megavlm.data.read.sample import IMAGE_TYPES, decode_image
 from megavlm.errors import ConfigError, DataError, MegavlmError
+from megavlm.system.user_code import import_user_module
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import AliasChoices, BaseModel, Field
 
 from megavlm.errors import MegavlmError
+from megavlm.evaluation.frechet import Moments, frechet_distance, mean_and_covariance
 from megavlm.evaluation.sets.entries import BadEntries, Item, read_entries
-from megavlm.frechet import Moments, frechet_distance, mean_and_covariance
 
 CLIP_WEIGHT = 2.5
 """w of Hessel et al. 2021, which spreads the cosines of CLIP ViT-B/32 over 0 to 1."""

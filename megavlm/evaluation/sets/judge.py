@@ -17,14 +17,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from megavlm.data.encode import EncodedSample
-from megavlm.data.sample import Coordinates, Sample, Segment
+from megavlm.data.pack.encode import EncodedSample
+from megavlm.data.read.sample import Coordinates, Sample, Segment
 from megavlm.errors import DataError, MegavlmError
-from megavlm.evaluation.evaluate import TrainedModel
-from megavlm.evaluation.sampling import answer, draw_images
+from megavlm.evaluation.sampling import answer
 from megavlm.evaluation.sets.entries import BadEntries, Item, read_image
-from megavlm.monitor.pictures import save_grid
-from megavlm.randomness import Purpose, integer_seed
+from megavlm.evaluation.trained import TrainedModel
+from megavlm.system.pictures import save_grid
 
 NUM_SHOWN = 40
 
@@ -66,24 +65,21 @@ class Judge:
 
     def draw(self, items: list[Item], num_per_prompt: int, score: Score) -> dict[str, Any]:
         """Draw every prompt so many times, as the recipe's ``evaluation`` says; a batch's seed follows from its place."""
-        model, evaluation = self.model, self.model.config.evaluation
-        sampling = (evaluation.temperature, evaluation.top_k, evaluation.guidance)
+        model = self.model
         shown: list[tuple[str, np.ndarray]] = []
         num_drawn = 0
 
         def respond(batch: list[tuple[Item, None]]) -> np.ndarray:
             nonlocal num_drawn
-            seed = integer_seed(model.config.seed, Purpose.DRAWING, num_drawn)
             prompts = [item.prompt for item, _ in batch]
-            codes = draw_images(model.backbone, model.encoder, prompts, model.costing, model.device, seed, *sampling)
-            images = model.image_tokenizer.decode(codes)
+            images = model.image_tokenizer.decode(model.draw(prompts, num_drawn))
             shown.extend(zip(prompts[: NUM_SHOWN - len(shown)], images))
             num_drawn += len(batch)
             return images
 
         repeated = [(item, None) for item in items for _ in range(num_per_prompt)]
         progress = track(repeated, f"{self.kind} {self.bad.file.name}", console=Console(stderr=True))
-        settings = {"drawings_per_prompt": num_per_prompt} | evaluation.model_dump(include={"temperature", "top_k", "guidance"})
+        settings = {"drawings_per_prompt": num_per_prompt} | model.config.model_dump(include={"temperature", "top_k", "guidance"})
         result = self._run(progress, respond, score, settings)
         captions, images = zip(*shown)
         save_grid(images, [caption[:30] for caption in captions], self.stem.with_name(f"{self.stem.name}.png"), columns=8)
@@ -118,7 +114,7 @@ class Judge:
             "kind": self.kind,
             "set": str(self.bad.file),
             "checkpoint": self.model.checkpoint.name,
-            "route": self.model.config.evaluation.route,
+            "route": self.model.config.route,
             "judged": num_judged,
             "bad": len(self.bad.found),
             "figures": score.result(),

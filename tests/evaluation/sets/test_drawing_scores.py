@@ -8,10 +8,10 @@ from scipy import linalg
 
 from megavlm.benchmarks import shapes
 from megavlm.errors import MegavlmError
+from megavlm.evaluation.frechet import Moments, frechet_distance, mean_and_covariance
 from megavlm.evaluation.sets.entries import BadEntries, Item
 from megavlm.evaluation.sets.features import ClipScore, FidScore, real_moments
 from megavlm.evaluation.sets.objects import Detection, ObjectScore, Request, directions, mistakes, read_requests
-from megavlm.frechet import Moments, frechet_distance, mean_and_covariance
 
 
 def box(kind, x, y, side=10, score=1.0, color=None):

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavlm import cli
 from megavlm.benchmarks import digits
+from megavlm.cli import main as cli
 from megavlm.config import load_config
 from megavlm.errors import ConfigError, MegavlmError
-from megavlm.evaluation.evaluate import TrainedModel
 from megavlm.evaluation.sets.entries import BadEntries, find_function
 from megavlm.evaluation.sets.judge import Judge
 from megavlm.evaluation.sets.vqa import VqaScore, read_questions
+from megavlm.parts.trained import load_trained
 from tests.conftest import TINY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import train
@@ -72,7 +72,7 @@ def write_lines(path, entries):
 
 
 def test_vqa_files_by_a_model_that_always_says_seven(run, images, tmp_path):
-    model = TrainedModel(run)
+    model = load_trained(run)[0]
     (piece,) = model.encoder.vocabulary.encode_text("seven")
     model.backbone.causal_lm.lm_head = AlwaysSays(piece, model.encoder.vocabulary.size)
     asked = [{"question_id": 10 + i, "image_id": i, "question": "Which digit?"} for i in range(5)] + [{"question_id": 99, "image_id": 0}]
@@ -158,4 +158,4 @@ def test_a_function_of_a_file_of_ones_own(tmp_path):
 def test_a_set_without_anything_to_judge(run, tmp_path):
     file = write_lines(tmp_path / "empty.jsonl", [])
     with pytest.raises(MegavlmError, match="nothing could be judged"):
-        Judge(TrainedModel(run), "vqa", BadEntries(file, 0), 4, {}).read([], tmp_path, 1, VqaScore())
+        Judge(load_trained(run)[0], "vqa", BadEntries(file, 0), 4, {}).read([], tmp_path, 1, VqaScore())

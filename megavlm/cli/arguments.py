@@ -1,0 +1,90 @@
+"""Looks over a command line before fire runs it: fire itself notices what it cannot use only after the command has done its work."""
+
+import ast
+import difflib
+import inspect
+from types import NoneType
+from typing import Any, NewType, get_args
+
+from megavlm.errors import ConfigError
+
+Positive = NewType("Positive", int)
+NotNegative = NewType("NotNegative", int)
+LEAST = {Positive: 1, NotNegative: 0}
+
+
+def check_arguments(commands: Any, arguments: list[str]) -> list[str]:
+    """The arguments for fire; ``--help`` anywhere asks for the help of the command.
+
+    Args:
+        commands: The object whose methods, and whose attributes' methods, are the commands.
+        arguments: As typed, without the program.
+
+    Raises:
+        ConfigError: If the command takes no such flag or no so many values, or if a number is none.
+    """
+    command, path = commands, []
+    for name in arguments:
+        found = getattr(command, name.replace("-", "_"), None) if name[:1] not in "-_" else None
+        if found is None or inspect.isfunction(command) or inspect.ismethod(command):
+            break
+        command, path = found, [*path, name]
+    if {"--help", "-h"} & set(arguments):
+        return [*path, "--", "--help"]
+    if inspect.ismethod(command):
+        _check(" ".join(path), command, arguments[len(path) :])
+    return arguments
+
+
+def _check(name: str, command: Any, arguments: list[str]) -> None:
+    parameters = inspect.signature(command).parameters.values()
+    named = {p.name: p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD}
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    values, flags = _split(arguments)
+    for flag in flags:
+        if flag not in named and flag.removeprefix("no") not in named and not takes_all:
+            near = difflib.get_close_matches(flag, named, 1)
+            raise ConfigError(
+                f"{name}: there is no option --{flag}{f'. Did you mean --{near[0]}?' if near else ''}\n  do:    see megavlm {name} --help"
+            )
+    places = [n for n in named if n not in flags]
+    if len(values) > len(places):
+        raise ConfigError(
+            f"{name}: {values[len(places)]!r} is one value too many\n  do:    quote what has spaces; see megavlm {name} --help"
+        )
+    for place, value in [*zip(places, values), *flags.items()]:
+        kind = _misfit(named[place].annotation, value) if place in named else None
+        if kind:
+            raise ConfigError(f"{name}: {place} is {kind}, not {value or 'nothing'}\n  do:    see megavlm {name} --help")
+
+
+def _split(arguments: list[str]) -> tuple[list[str], dict[str, str | None]]:
+    """Values by place, and flags with their values; a flag takes the next word, as fire has it, unless that is a flag."""
+    values, flags, rest = [], {}, arguments[: arguments.index("--")] if "--" in arguments else list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            values.append(word)
+            continue
+        flag, equals, value = word[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else None
+        flags[flag.replace("-", "_")] = value
+    return values, flags
+
+
+def _misfit(annotation: Any, text: str | None) -> str | None:
+    """What a number should be, if the text is none of that kind."""
+    kinds = {annotation, *get_args(annotation)}
+    if not kinds & {int, float, *LEAST} or (text == "None" and NoneType in kinds):
+        return None
+    try:
+        number = ast.literal_eval(text)  # as fire reads it: 1e3 is no whole number to it
+    except (ValueError, SyntaxError):
+        return "a number"
+    if type(number) not in (int, float):
+        return "a number"
+    if float not in kinds and type(number) is float:
+        return "a whole number"
+    least = LEAST.get(annotation, number)
+    return f"at least {least}" if number < least else None

@@ -1,0 +1,94 @@
+"""The command under `megavlm data` that trains a UniCompress plug-in."""
+
+import json
+from pathlib import Path
+
+from megavlm.cli.arguments import Positive
+from megavlm.errors import ConfigError
+
+# imports of the heavy parts stand in the command, so that --help and mistakes answer at once
+
+
+class CompressorCommands:
+    """Mixed into the commands of `megavlm data`."""
+
+    def compressor(
+        self,
+        recipe: str,
+        shards,
+        out: str,
+        factor: Positive = 2,
+        num_global: Positive = 4,
+        codebook_size: Positive = 512,
+        hidden_width: Positive = 128,
+        num_layers: Positive = 4,
+        num_heads: Positive = 4,
+        embedding_width: Positive = 16,
+        steps: Positive = 2000,
+        batch_images: Positive = 64,
+        learning_rate: float = 1e-3,
+        max_images: Positive = 1_000_000,
+        seed: int = 0,
+        format: str = "megavlm",
+        device: str = "",
+        **overrides,
+    ):
+        """Train a plug-in that gives a recipe's image tokenizer fewer tokens per image (UniCompress); see docs/compress.md.
+
+            megavlm data compressor digits "data/digits/generation-train-{00..07}.tar" data/digits/compressor --factor=2
+
+        Args:
+            recipe: Whose image tokenizer it goes around: a YAML file, or a name such as `digits`.
+            shards: Path or URL, braces expand; raw images, or codes of that tokenizer.
+            out: Folder to write: weights, metrics.json, reconstructions.png.
+            factor: 2 pools blocks of 2 x 2 codes (4 times fewer tokens), 4 blocks of 4 x 4 (16 times).
+            num_global: Global tokens.
+            codebook_size: Entries of the plug-in's codebook.
+            hidden_width: Width inside the plug-in.
+            num_layers: Layers of the decompressor.
+            num_heads: Attention heads.
+            embedding_width: Of learned embeddings, where the tokenizer has none of its own.
+            steps: Optimizer steps.
+            batch_images: Images per step.
+            learning_rate: Its peak.
+            max_images: Images that are read at most.
+            seed: Of weights and order.
+            format: How samples are written.
+            device: cpu or cuda; what is there if not given.
+            overrides: Settings of the recipe to change: --vocabulary.image_tokenizer='{kind: vq, path: data/vq, height: 8, width: 8}'
+        """
+        import torch
+        from pydantic import ValidationError
+
+        from megavlm.cli.tokenizers import as_shards, source_of
+        from megavlm.config import load_config
+        from megavlm.data.read.shards import expand_shards
+        from megavlm.data.tools.images import read_codes
+        from megavlm.image_tokenizers.build import build_image_tokenizer
+        from megavlm.image_tokenizers.compressor import PlugInSettings
+        from megavlm.image_tokenizers.plug_in_training import Plan, train_plug_in
+
+        config = load_config(str(recipe), overrides)
+        if config.vocabulary.image_tokenizer.kind == "compressed":
+            raise ConfigError(f"{recipe}: its image tokenizer is a compressed one already\n  do:    name a recipe with the one inside")
+        device = str(device) or ("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = build_image_tokenizer(config.vocabulary.image_tokenizer, device)
+        codebook_VD = tokenizer.codebook()
+        sizes = {"factor": factor, "num_global": num_global, "codebook_size": codebook_size}
+        sizes |= {"hidden_width": hidden_width, "num_layers": num_layers, "num_heads": num_heads}
+        try:
+            settings = PlugInSettings(
+                num_dense_codes=tokenizer.codebook_size,
+                height=tokenizer.height,
+                width=tokenizer.width,
+                embedding_width=embedding_width if codebook_VD is None else codebook_VD.shape[1],
+                has_codebook=codebook_VD is not None,
+                **sizes,
+            )
+        except ValidationError as error:
+            lines = [f"  {'.'.join(map(str, m['loc']))} {m['msg']} (value {m['input']!r})" for m in error.errors()]
+            raise ConfigError("the plug-in cannot be made:\n" + "\n".join(lines)) from error
+        plan = Plan(steps, batch_images, learning_rate, max_images=max_images, seed=seed)
+        codes_Nhw = read_codes(expand_shards("shards", as_shards(shards)), source_of(format), tokenizer, max_images)
+        metrics = train_plug_in(codes_Nhw, tokenizer, codebook_VD, settings, Path(str(out)), plan, device)
+        print(json.dumps({name: value for name, value in metrics.items() if name != "history"}, indent=1))

@@ -1,0 +1,201 @@
+"""The commands under `megavlm data`."""
+
+import os
+from pathlib import Path
+
+from megavlm.cli.arguments import NotNegative, Positive
+from megavlm.cli.compressors import CompressorCommands
+from megavlm.cli.tokenizers import TokenizerCommands, as_shards, source_of
+from megavlm.errors import ConfigError
+
+# imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
+
+
+class DataCommands(TokenizerCommands, CompressorCommands):
+    """Write data, look at it, and try how it packs."""
+
+    def digits(self, out: str):
+        """Write the benchmark `digits` as WebDataset shards, with its text model.
+
+        Real handwritten digits, 8x8 pixels, as questions about images and as requests for images.
+
+        Args:
+            out: Folder to write to.
+        """
+        from megavlm.benchmarks import digits
+
+        written = digits.write(Path(str(out)))
+        print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
+
+    def shapes(self, out: str, pixels: int = 32, num_train: Positive = 20000, num_test: Positive = 1000, seed: int = 0):
+        """Write the benchmark `shapes` as WebDataset shards, with its text model.
+
+        Scenes of one to four coloured shapes, as questions with exact answers and as requests for images.
+
+        Args:
+            out: Folder to write to.
+            pixels: Side of the images, 32 to 256.
+            num_train: Training samples per task.
+            num_test: Test samples per task; each shows a composition that is not in the training samples.
+            seed: Another seed is other scenes.
+        """
+        from megavlm.benchmarks import shapes
+
+        written = shapes.write(Path(str(out)), pixels, num_train, num_test, seed)
+        print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
+
+    def index(self, shards):
+        """Count local shards and write an index beside each: shard.tar.index.json.
+
+        Args:
+            shards: Path, braces expand.
+        """
+        from megavlm.data.read.index import write_index
+        from megavlm.data.read.shards import expand_shards
+        from megavlm.data.read.urls import is_local, local_path
+
+        for url in expand_shards("shards", as_shards(shards)):
+            if not is_local(url):
+                raise ConfigError(f"{url} is not a local file\n  do:    write the index where the shard is, and copy both")
+            print(f"{url}: {write_index(Path(local_path(url))).samples} samples")
+
+    def build(self, source: str, out: str, samples_per_shard: Positive = 1000, image_root: str = ""):
+        """Write shards, with an index beside each, from a folder of images with captions or from a JSONL file.
+
+        Args:
+            source: Folder with a.jpg, a.txt, … (read the shards as img2dataset); or JSONL with "segments" (megavlm) or "conversations" (llava).
+            out: Folder to write to.
+            samples_per_shard: In each shard but the last.
+            image_root: Folder that image paths in the JSONL start from; its own if not given.
+        """
+        from megavlm.data.tools.write import build_shards
+
+        root = Path(str(image_root)) if image_root else None
+        written = build_shards(Path(str(source)), Path(str(out)), samples_per_shard, root)
+        print(f"{out}: {len(written)} shards with {sum(written.values())} samples")
+
+    def inspect(self, shards, format: str = "megavlm", out: str = "contact_sheet.png"):
+        """Show what is in shards: a table, every problem with its place, and a contact sheet.
+
+        Args:
+            shards: Path or URL, braces expand: "data/digits/generation-train-{00..07}.tar".
+            format: How samples are written.
+            out: Where the contact sheet goes (PNG).
+        """
+        from megavlm.data.read.shards import expand_shards
+        from megavlm.data.tools.inspect import inspect
+
+        text, has_images = inspect(expand_shards("shards", as_shards(shards)), source_of(format), Path(str(out)))
+        print(f"{text}{f'contact sheet: {out}' if has_images else 'no images, no contact sheet'}")
+
+    def lint(self, shards, format: str = "megavlm", recipe: str = "", **overrides):
+        """Find every problem of shards, with shard and key. Exit status 1 if there are any.
+
+        Args:
+            shards: Path or URL, braces expand.
+            format: How samples are written: megavlm, img2dataset, llava, text, interleaved, or module:function.
+            recipe: Also check that samples fit this recipe's vocabulary and packs.
+            overrides: Settings of the recipe to change.
+        """
+        import sys
+
+        from megavlm.data.read.shards import expand_shards
+        from megavlm.data.tools.lint import lint
+
+        check = lambda sample: None  # noqa: E731
+        if recipe:
+            from megavlm.config import load_config
+            from megavlm.data.pack.overlong import encode_within
+            from megavlm.parts.parts import Parts
+
+            config = load_config(recipe, overrides)
+            encoder = Parts(config).encoder
+            check = lambda sample: encode_within(sample, encoder, config.data.pack_tokens, config.data.over_long)  # noqa: E731
+        report = lint(expand_shards("shards", as_shards(shards)), source_of(format), check)
+        for problem in report.problems:
+            print(problem)
+        print(f"{report.num_samples} samples, {len(report.problems)} problems")
+        if report.problems:
+            sys.exit(1)
+
+    def stats(self, shards, format: str = "megavlm", recipe: str = "", out: str = "stats.png", **overrides):
+        """Count samples, tasks, images and lengths; lengths are tokens with a recipe, else characters.
+
+        Args:
+            shards: Path or URL, braces expand.
+            format: How samples are written.
+            recipe: Whose tokenizers count the tokens.
+            out: Histogram to write (PNG).
+            overrides: Settings of the recipe to change.
+        """
+        import json
+
+        from megavlm.data.read.shards import expand_shards
+        from megavlm.data.tools.describe import stats
+
+        encoder = None
+        if recipe:
+            from megavlm.config import load_config
+            from megavlm.parts.parts import Parts
+
+            encoder = Parts(load_config(recipe, overrides)).encoder
+        urls = expand_shards("shards", as_shards(shards))
+        print(json.dumps(stats(urls, source_of(format), Path(str(out)), encoder), indent=1))
+
+    def preview(self, shards, format: str = "megavlm", out: str = "preview.png", num: Positive = 40):
+        """Show the first samples: a contact sheet (PNG) and a page with the whole texts (HTML).
+
+        Args:
+            shards: Path or URL, braces expand.
+            format: How samples are written.
+            out: The PNG; the page goes beside it.
+            num: How many samples.
+        """
+        from megavlm.data.read.shards import expand_shards
+        from megavlm.data.tools.describe import preview
+
+        path = Path(str(out))
+        report, has_images = preview(expand_shards("shards", as_shards(shards)), source_of(format), path, num)
+        written = f"{path} and {path.with_suffix('.html')}" if has_images else f"{path.with_suffix('.html')}, no images for {path}"
+        print(f"{written}, {len(report.problems)} problems on the way")
+
+    def simulate(
+        self,
+        recipe: str = "",
+        lanes: Positive = 512,
+        steps: Positive = 400,
+        first_step: NotNegative = 200,
+        out: str = "simulate.png",
+        processes: NotNegative = 0,
+        **overrides,
+    ):
+        """How equal will the packs be? Runs the packer for all lanes, beside first-come and first-fit packing.
+
+            megavlm data simulate --lanes 1024
+            megavlm data simulate digits --lanes 64 --data.fill=0.9
+
+        Args:
+            recipe: Whose sources, route and model to take; without one, a standard mixture (see `megavlm.data.tools.simulate`).
+            lanes: Number of lanes.
+            steps: Packs per lane.
+            first_step: Figures are of the steps from this one on.
+            out: Figure to write (PNG); the numbers go beside it (JSON).
+            processes: Processes to use; 0 is one per core.
+            overrides: Settings of the recipe to change.
+        """
+        import json
+
+        from megavlm.data.tools.simulate import report, simulate, standard
+
+        if recipe:
+            from megavlm.config import load_config
+            from megavlm.parts.parts import situation_of
+
+            situation = situation_of(load_config(recipe, overrides))
+        elif overrides:
+            raise ConfigError(f"there is no recipe to change {', '.join(overrides)} in\n  do:    name a recipe")
+        else:
+            situation = standard()
+        result = simulate(situation, lanes, steps, first_step, processes or len(os.sched_getaffinity(0)))
+        title = f"{lanes} lanes, steps {first_step} to {steps}, {recipe or 'the standard mixture'}"
+        print(json.dumps(report(result, Path(str(out)), title), indent=1))

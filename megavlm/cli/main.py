@@ -1,0 +1,116 @@
+"""The commands: `megavlm …` or `python -m megavlm …`."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from megavlm.cli.analyze import AnalyzeCommands
+from megavlm.cli.arguments import Positive, check_arguments
+from megavlm.cli.data import DataCommands
+from megavlm.cli.judge import JudgeCommands
+from megavlm.cli.runs import CheckpointCommands, RunCommands
+from megavlm.errors import ConfigError, MegavlmError
+
+# imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
+
+
+class Commands(RunCommands):
+    """Train unified vision-language models, spending fewer FLOPs on image tokens.
+
+    A run is a recipe: a YAML file, or the name of one that ships with megavlm. Every setting of it can be changed on the
+    command line by its dotted path: --optimizer.num_steps=200 --data.num_lanes=8
+    """
+
+    def __init__(self):
+        self.data = DataCommands()
+        self.judge = JudgeCommands()
+        self.checkpoint = CheckpointCommands()
+        self.analyze = AnalyzeCommands()
+
+    def train(self, recipe: str, **overrides):
+        """Train a recipe, or go on with it if its run folder holds a checkpoint.
+
+        Alone, or one process per GPU under torchrun, the deepspeed launcher or srun: which one is found out from the environment.
+
+            torchrun --standalone --nproc-per-node 2 -m megavlm train digits
+
+        Args:
+            recipe: Path of a YAML file, or a name such as `digits`.
+            overrides: Settings to change: --run_dir=runs/mine --optimizer.learning_rate=1e-3 --init-from=runs/other
+        """
+        from megavlm.launch.train import train
+
+        train(str(recipe), overrides)
+
+    def evaluate(self, run: str, **overrides):
+        """Judge the newest checkpoint of a run on held-out data; writes RUN/evaluation.json and RUN/drawings.png.
+
+        Args:
+            run: The run folder.
+            overrides: Settings to change: --evaluation.guidance=3 --evaluation.num_drawings=1000
+        """
+        import json
+
+        from megavlm.evaluation.evaluate import evaluate
+        from megavlm.parts.trained import load_trained
+
+        model, _ = load_trained(str(run), overrides)
+        print(json.dumps(evaluate(model), indent=2))
+
+    def generate(self, run: str, prompt: str, out: str = "grid.png", num: Positive = 10, **overrides):
+        """Draw images for a prompt with the newest checkpoint of a run.
+
+        Args:
+            run: The run folder.
+            prompt: What to draw: "a handwritten seven".
+            out: Where the grid of drawings goes (PNG).
+            num: How many.
+            overrides: Settings to change: --evaluation.temperature=0.8 --evaluation.top_k=8 --seed=1
+        """
+        from megavlm.parts.trained import load_trained
+        from megavlm.system.pictures import save_grid
+
+        model, _ = load_trained(str(run), overrides)
+        images = model.image_tokenizer.decode(model.draw([str(prompt)] * num))
+        save_grid(images, [""] * num, Path(str(out)), title=str(prompt))
+        print(f"{num} drawings of {prompt!r}: {out}")
+
+    def doctor(self):
+        """Say what this machine can do, which versions are installed and what is missing."""
+        from rich import print as show
+
+        from megavlm.launch.doctor import examine
+
+        table, missing = examine()
+        show(table)
+        show("nothing is missing" if not missing else "missing:\n  " + "\n  ".join(missing))
+
+
+def main() -> None:
+    """Run a command; mistakes of the user end with a message and exit status 2, not with a traceback."""
+    import fire
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("DeepSpeed", "deepspeed", "httpx", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # torch floods the screen with these under DeepSpeed
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    # the deepspeed launcher puts it before the command, and says the same in the environment
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    try:
+        commands = Commands()
+        fire.Fire(commands, check_arguments(commands, arguments), name="megavlm")
+    except MegavlmError as error:
+        # a mistake in the recipe is the same on every rank: one message is enough
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            print(f"megavlm: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"megavlm: {error.filename}: {error.strerror}\n  do:    check the path and its permissions", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,206 @@
+"""The commands that look after runs: submit, status, replay, export, and the group `checkpoint`."""
+
+from pathlib import Path
+
+from megavlm.cli.arguments import NotNegative, Positive
+
+
+class CheckpointCommands:
+    """Look at the checkpoints of a run and tidy them."""
+
+    def list(self, run: str):
+        """One line per complete checkpoint, oldest first: step, size, ranks that wrote it, age, metrics.
+
+        Args:
+            run: The run folder.
+        """
+        from megavlm.runs.checkpoints import table
+
+        print(table(Path(str(run))))
+
+    def verify(self, path: str):
+        """Read every file of a checkpoint, or of all checkpoints of a run, and compare it with the manifest.
+
+        Ends with status 1 if anything is damaged.
+
+        Args:
+            path: A run folder or one checkpoint.
+        """
+        from megavlm.runs.checkpoints import verify_all
+
+        lines, sound = verify_all(Path(str(path)))
+        print("\n".join(lines))
+        if not sound:
+            raise SystemExit(1)
+
+    def prune(
+        self,
+        run: str,
+        keep_last: int | None = None,
+        keep_every_steps: int | None = None,
+        keep_best: int | None = None,
+        dry_run: bool = False,
+    ):
+        """Remove checkpoints by the run's own retention rule, or by a stricter one.
+
+        Args:
+            run: The run folder. The run may be going on.
+            keep_last: The newest so many stay; the recipe's number by default.
+            keep_every_steps: Multiples of this stay; the recipe's by default.
+            keep_best: The best so many by the recipe's metric stay; the recipe's number by default.
+            dry_run: Only say what would go.
+        """
+        from megavlm.parts.trained import load_run_config
+        from megavlm.runs.checkpoints import prune
+        from megavlm.runs.folder import RunFolder
+
+        given = {"keep_last": keep_last, "keep_every_steps": keep_every_steps, "keep_best": keep_best}
+        changes = {name: value for name, value in given.items() if value is not None}
+        rule = load_run_config(RunFolder(str(run))).checkpoint.model_copy(update=changes)
+        removed = prune(Path(str(run)), rule, bool(dry_run))
+        word = "would be removed" if dry_run else "removed"
+        print("\n".join(f"{path} {word}" for path in removed) or "nothing to remove")
+
+
+class RunCommands:
+    """Mixed into the commands of `megavlm`."""
+
+    def status(self, run: str):
+        """Say where a run stands: state, step, pace, time left, last checkpoint, restarts, queue.
+
+        Args:
+            run: The run folder.
+        """
+        from megavlm.runs.status import describe_status
+
+        print(describe_status(str(run)))
+
+    def replay(self, run: str, step: int | None = None):
+        """Run the packs of a skipped step again and say what each of them does; the report is JSON.
+
+        Args:
+            run: The run folder.
+            step: Which skipped step; the last one by default.
+        """
+        import json
+
+        from megavlm.training.forensics import replay
+
+        print(json.dumps(replay(str(run), step), indent=2))
+
+    def export(self, source: str, out: str):
+        """Write the weights of a checkpoint as a folder that `transformers` loads (safetensors).
+
+        Args:
+            source: A run folder (its newest checkpoint) or one checkpoint.
+            out: The folder to write; it must not exist.
+        """
+        from megavlm.parts.export import export
+
+        print(f"{out}: {export(Path(str(source)), Path(str(out)))}")
+
+    def study(
+        self, study: str, parallel: Positive = 1, processes: Positive = 1, array: str | None = None, report_only: bool = False, **overrides
+    ):
+        """Train and judge every arm of a study, and write its report: does joint training gain, and what does each policy keep of it?
+
+            megavlm study digits --parallel 2
+
+        What is done already is not done again. The report is STUDY_DIR/report.md, with report.png and report.json.
+
+        Args:
+            study: Path of a YAML file (see megavlm/recipes/studies/digits.yaml), or a name such as `digits`.
+            parallel: Arms at a time on this machine; they share its cores.
+            processes: Processes of each arm's training.
+            array: Train nothing, but write the arms that are not trained yet to this file, for `megavlm submit --array`, and say how.
+            report_only: Train nothing; judge what is trained and report the seeds that are complete.
+            overrides: Of the study: --seeds=[0,1] --study_dir=runs/mine
+        """
+        from megavlm.study.report import write_report
+        from megavlm.study.results import collect
+        from megavlm.study.runner import is_trained, run_arms
+        from megavlm.study.spec import load_study, plan_arms, write_array
+
+        plan = load_study(str(study), overrides)
+        arms = plan_arms(plan)
+        if array:
+            todo = [arm for arm in arms if not is_trained(arm)]
+            write_array(todo, Path(array))
+            print(f"{array}: {len(todo)} of {len(arms)} arms are not trained. Train them on SLURM, then give the study again:")
+            print(f"  megavlm submit {plan.recipe} --array={array} --run_dir={plan.study_dir}/runs --nodes=1 --gpus-per-node=1")
+            return
+        run_arms([arm for arm in arms if not report_only or is_trained(arm)], parallel, processes)
+        print(write_report(collect(plan, arms), " ".join(["megavlm study", str(study), *(f"--{k}={v}" for k, v in overrides.items())])))
+
+    def submit(
+        self,
+        recipe: str,
+        nodes: Positive = 1,
+        gpus_per_node: NotNegative = 8,
+        partition: str | None = None,
+        time: str | None = None,
+        account: str | None = None,
+        qos: str | None = None,
+        cpus_per_task: Positive = 8,
+        container_image: str | None = None,
+        modules: str | None = None,
+        setup: str | None = None,
+        cache: str | None = None,
+        max_restarts: NotNegative = 100,
+        warning_s: NotNegative = 120,
+        array: str | None = None,
+        template: str | None = None,
+        sbatch_options: str = "",
+        dry_run: bool = False,
+        **overrides,
+    ):
+        """Render an sbatch script for a recipe into its run folder and submit it: one process per GPU.
+
+            megavlm submit digits --nodes 4 --gpus-per-node 8 --partition gpu --time 24:00:00 --account me
+
+        The job requeues itself until the run is done: after the time limit, a preemption, a lost node. It does not
+        after a failure.
+
+        Args:
+            recipe: Path of a YAML file, or a name such as `digits`.
+            nodes: Nodes.
+            gpus_per_node: GPUs, and processes, on each; 0 is one process per node on its CPUs.
+            partition: SLURM partition.
+            time: Time limit, "24:00:00" or "2-00:00:00".
+            account: SLURM account.
+            qos: SLURM quality of service.
+            cpus_per_task: CPU cores per process.
+            container_image: Image for pyxis (`srun --container-image`).
+            modules: Environment modules to load, separated by commas.
+            setup: A line of shell that prepares the environment: "source .venv/bin/activate".
+            cache: Node-local folder for copies of shards that come over the network.
+            max_restarts: The job is not requeued more often.
+            warning_s: Seconds before the time limit at which SLURM sends SIGUSR1, 0 for never. The run also watches
+                the clock by itself.
+            array: Submit a study: a YAML file with a list of mappings of overrides; each becomes a run of an array job.
+            template: Another sbatch template than slurm/train.sbatch or slurm/study.sbatch.
+            sbatch_options: Further options, such as "--constraint=h100 --exclusive".
+            dry_run: Write and show the script, submit nothing.
+            overrides: Settings of the recipe to change.
+        """
+        from megavlm.launch.submit import Job, submit
+
+        job = Job(
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            partition=partition,
+            time=time,
+            account=account,
+            qos=qos,
+            cpus_per_task=cpus_per_task,
+            container_image=container_image,
+            # fire makes a tuple of what has commas
+            modules=",".join(map(str, modules)) if isinstance(modules, tuple) else modules,
+            setup=setup,
+            cache=cache,
+            max_restarts=max_restarts,
+            warning_s=warning_s,
+            template=template,
+            sbatch_options=sbatch_options,
+        )
+        print(submit(str(recipe), overrides, job, array, bool(dry_run)))

@@ -1,0 +1,148 @@
+"""The commands under `megavlm data` that make tokenizers and use them."""
+
+import json
+import os
+from pathlib import Path
+
+from megavlm.cli.arguments import NotNegative, Positive
+from megavlm.errors import ConfigError
+
+# imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
+
+
+class TokenizerCommands:
+    """Mixed into the commands of `megavlm data`."""
+
+    def tokenizer(self, shards, out: str, vocab_size: Positive = 32000, format: str = "megavlm"):
+        """Train a SentencePiece model on texts.
+
+        Args:
+            shards: Path or URL of shards, braces expand; or text files (.txt), one text per line.
+            out: The .model file to write.
+            vocab_size: Upper bound of its size.
+            format: How samples are written.
+        """
+        from megavlm.data.read.shards import expand_shards
+        from megavlm.data.tools.lint import Report, read_samples
+        from megavlm.vocabulary import train_text_model
+
+        report = Report()
+        urls = expand_shards("shards", as_shards(shards))
+        files = [Path(url) for url in urls if url.endswith(".txt")]
+        if files and len(files) < len(urls):
+            raise ConfigError("shards and text files cannot be mixed\n  do:    give one or the other")
+        if files:
+            texts = (line.rstrip("\n") for file in files for line in file.open(encoding="utf-8") if line.strip())
+        else:
+            samples = read_samples(urls, source_of(format), report)
+            texts = (segment.text for sample in samples for segment in sample.segments if segment.text)
+        train_text_model(texts, Path(str(out)), vocab_size)
+        where = f"{len(files)} files" if files else f"{report.num_samples} samples, {len(report.problems)} of them left out as broken"
+        print(f"{out}: trained on {where}")
+
+    def image_tokenizer(
+        self,
+        shards,
+        out: str,
+        codebook_size: Positive = 512,
+        height: Positive = 8,
+        width: Positive = 8,
+        pixels: Positive = 32,
+        steps: Positive = 1500,
+        batch_images: Positive = 32,
+        learning_rate: float = 1e-3,
+        channels: Positive = 64,
+        max_images: Positive = 50_000,
+        seed: int = 0,
+        format: str = "megavlm",
+        device: str = "",
+    ):
+        """Train a small VQ image tokenizer on the images of shards; see `megavlm.image_tokenizers.vq_training`.
+
+            megavlm data image-tokenizer "data/shapes/generation-train-{0000..0019}.tar" data/shapes/vq --pixels=32 --height=8 --width=8
+
+        Args:
+            shards: Path or URL, braces expand.
+            out: Folder to write: weights, metrics.json, reconstructions.png.
+            codebook_size: Number of codes.
+            height: Rows of codes per image.
+            width: Columns of codes per image.
+            pixels: Height of the images: 2, 4, 8, 16 or 32 times the rows of codes.
+            steps: Optimizer steps.
+            batch_images: Images per step.
+            learning_rate: Its peak.
+            channels: Width of the network, a multiple of 32.
+            max_images: Images that are read at most.
+            seed: Of weights and order.
+            format: How samples are written.
+            device: cpu or cuda; what is there if not given.
+        """
+        from megavlm.data.read.shards import expand_shards
+        from megavlm.data.tools.images import read_images
+        from megavlm.image_tokenizers.vq_training import Plan, train_tokenizer
+
+        plan = Plan(codebook_size, height, width, pixels, steps, batch_images, learning_rate, channels, max_images, seed)
+        urls = expand_shards("shards", as_shards(shards))
+        print(json.dumps(train_tokenizer(read_images(urls, source_of(format)), Path(str(out)), plan, device or _devices()[0]), indent=1))
+
+    def encode(self, shards, out: str, tokenizer: str, height: NotNegative = 0, width: NotNegative = 0, processes: NotNegative = 0):
+        """Turn raw shards into pre-tokenised ones: every image becomes codes, all else stays. Goes on where it was interrupted.
+
+            megavlm data encode "data/shapes/{generation,understanding}-train-{0000..0019}.tar" data/shapes/codes --tokenizer=data/shapes/vq
+
+        Args:
+            shards: Path or URL of tars, braces expand.
+            out: Folder to write to: shards of the same names, an index beside each, and image_tokenizer.json.
+            tokenizer: Folder of a VQ model, or a recipe whose image tokenizer to take.
+            height: Rows of codes, with a folder; a Janus model has a default.
+            width: Columns of codes, with a folder.
+            processes: Shards that are encoded at a time; 0 is one per GPU, or one per core without a GPU.
+        """
+        from megavlm.data.read.shards import expand_shards
+        from megavlm.data.tools.tokenize import encode_shards
+
+        devices = _devices()
+        made = _image_tokenizer(str(tokenizer), height, width)
+        num_processes = processes or (len(devices) if devices != ["cpu"] else len(os.sched_getaffinity(0)))
+        urls = expand_shards("shards", as_shards(shards))
+        encoded, there = encode_shards(urls, Path(str(out)), made, num_processes, devices)
+        print(f"{out}: {encoded} shards encoded, {there} were there")
+
+
+def as_shards(value) -> str | list[str]:
+    """Shards as the command line gives them."""
+    return [str(url) for url in value] if isinstance(value, (list, tuple)) else str(value)
+
+
+def source_of(format: str):
+    """A `SourceConfig` of a format.
+
+    Raises:
+        ConfigError: If there is no such format.
+    """
+    from megavlm.data.read.formats import find_format
+    from megavlm.data.read.source import SourceConfig
+
+    find_format(format)
+    return SourceConfig(shards="none", format=format)
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def _image_tokenizer(name: str, height: int, width: int):
+    """The image tokenizer of a folder or a recipe."""
+    if not Path(name).is_dir():
+        from megavlm.config import load_config
+        from megavlm.image_tokenizers.build import build_image_tokenizer
+
+        return build_image_tokenizer(load_config(name).vocabulary.image_tokenizer)
+    from megavlm.image_tokenizers.vq import VQTokenizer, read_vq_config
+
+    default = getattr(read_vq_config(Path(name))[1], "num_patches", 0)
+    if not (height or default) or not (width or default):
+        raise ConfigError(f"{name} does not say how many codes an image has\n  do:    give --height and --width")
+    return VQTokenizer(name, height or default, width or default)

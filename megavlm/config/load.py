@@ -1,0 +1,98 @@
+"""Reading and writing recipes.
+
+``load_config`` reports *all* mistakes of a recipe and its overrides at once, each with its dotted path, the value
+that was given and, for a name that does not exist, the nearest one that does.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megavlm.config.mistakes import describe
+from megavlm.config.run import RunConfig
+from megavlm.errors import ConfigError
+from megavlm.routing.plan import RoutingConfig
+from megavlm.system.files import RECIPES, find_resource
+from megavlm.system.user_code import import_user_module
+
+
+def load_config(recipe: str, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: Path of a YAML file, or the name of one that ships with megavlm.
+        overrides: Dotted path → value; a string is read as YAML.
+
+    Raises:
+        ConfigError: With every mistake of the recipe and the overrides.
+    """
+    path = find_resource("recipes", str(recipe), ".yaml")
+    tree = read_settings(path)
+    for dotted, value in (overrides or {}).items():
+        _override(tree, dotted, read_value(dotted, value))
+    _import_modules(tree, path)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [describe(mistake, tree) for mistake in error.errors()]
+        raise ConfigError(f"{path}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file.
+
+    Raises:
+        ConfigError: If it is not YAML, or no mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}\n  do:    correct the file at the place named") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no settings\n  do:    start from a file in {RECIPES}")
+    return tree
+
+
+def read_value(name: str, value: Any) -> Any:
+    """What was given for a setting on the command line; a string is read as YAML."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: {value!r} is not YAML: {error}\n  do:    close what is open, and quote what has a colon") from error
+
+
+def _import_modules(tree: dict, recipe: Path) -> None:
+    """Import the modules that register policies, so that the recipe may name them."""
+    routing = tree.get("routing")
+    names = routing.get("modules") if isinstance(routing, dict) else None
+    for name in names if isinstance(names, list) else []:
+        try:
+            import_user_module(str(name))
+        except Exception as error:  # whatever the user's code raises
+            raise ConfigError(
+                f"{recipe}: routing.modules: {name} cannot be imported: {type(error).__name__}: {error}\n"
+                "  do:    give the path of a Python file, or a module that Python finds"
+            ) from error
+    if names:
+        # the union of policies is part of the schema
+        RoutingConfig.model_rebuild(force=True)
+        RunConfig.model_rebuild(force=True)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as a recipe that ``load_config`` reads again."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110))
+
+
+def _override(tree: dict, dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for name in parents:
+        child = tree.get(name)
+        if not isinstance(child, dict):
+            child = tree[name] = {}
+        tree = child
+    tree[leaf] = value
+
+

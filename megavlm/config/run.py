@@ -1,0 +1,39 @@
+"""A complete run: the settings of every part."""
+
+from pydantic import Field
+
+from megavlm.data.pack.config import DataConfig
+from megavlm.engine.guard import FaultConfig
+from megavlm.engine.schedule import OptimizerConfig
+from megavlm.engine.zero import EngineConfig
+from megavlm.evaluation.trained import EvaluationConfig
+from megavlm.model.backbone import ModelConfig
+from megavlm.model.loss import LossConfig
+from megavlm.monitor.metrics import MonitorConfig
+from megavlm.routing.plan import RoutingConfig
+from megavlm.runs.retention import CheckpointConfig
+from megavlm.settings import Settings
+from megavlm.vocabulary import VocabularyConfig
+
+
+class RunConfig(Settings):
+    """A complete run."""
+
+    run_dir: str
+    """Folder for everything that the run writes."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of weights, data order, routing and drawing."""
+    init_from: str | None = None
+    """Begin with the weights of another run (its folder, or one of its checkpoints), of an exported folder, or of a pretrained Hugging Face
+    model. Only weights: the optimizer, the schedule and the data begin anew. Without effect once the run has a checkpoint of its own."""
+    model: ModelConfig
+    vocabulary: VocabularyConfig
+    data: DataConfig
+    routing: RoutingConfig = RoutingConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig
+    engine: EngineConfig = EngineConfig()
+    faults: FaultConfig = FaultConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

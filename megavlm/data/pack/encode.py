@@ -1,0 +1,166 @@
+"""Samples to tokens: ``<bos> segments … <eos>``, an image being ``<boi> codes <eoi>``.
+
+Worked example, generation (loss on the tokens marked ``*``, each predicted from the token before it)::
+
+    <bos> draw a seven <boi>* c0* c1* … c63* <eoi>* <eos>*
+
+``<eos>`` has a loss where the last segment has one.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from megavlm.data.read.sample import TASKS, Coordinates, Sample
+from megavlm.image_tokenizers.protocol import Features, ImageTokenizer
+from megavlm.randomness import Purpose, uniform
+from megavlm.vocabulary import Vocabulary
+
+UNDERSTANDING, GENERATION, TEXT = range(len(TASKS))
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of image tokens of one image: where it starts in its sample, and its grid."""
+
+    start: int
+    height: int
+    width: int
+    has_loss: bool
+    features: Features | None = field(default=None, compare=False)
+    """What the model reads instead of the embeddings of codes, if anything."""
+
+    @property
+    def length(self) -> int:
+        return self.height * self.width
+
+    @property
+    def task(self) -> int:
+        """Which task's route the span takes: an image that is drawn is generation's, one that is read understanding's."""
+        return GENERATION if self.has_loss else UNDERSTANDING
+
+
+class Layout(NamedTuple):
+    """What the cost of a sample depends on."""
+
+    num_tokens: int
+    num_labels: int
+    """Tokens with a loss."""
+    num_prompt: int
+    """Tokens of a generation prompt that predict nothing."""
+    spans: tuple[tuple[int, int], ...]
+    """(length, task) of its image spans."""
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as the model sees it.
+
+    ``tokens[i]`` are ids, ``has_loss[i]`` says whether token i is to be predicted (never the first), and
+    ``tasks[i]`` which task's loss it then counts for.
+    """
+
+    key: str
+    coordinates: Coordinates
+    tokens: np.ndarray
+    has_loss: np.ndarray
+    tasks: np.ndarray
+    spans: tuple[Span, ...]
+    task: int
+    """The sample's own task, for its share of the cost."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def place(self) -> list[int]:
+        """The coordinates as a plain list, for states; not to be changed."""
+        return list(self.coordinates)
+
+    @cached_property
+    def layout(self) -> Layout:
+        spans = tuple((span.length, span.task) for span in self.spans)
+        return Layout(self.num_tokens, int(np.count_nonzero(self.has_loss)), len(self.prompt_places), spans)
+
+    @property
+    def first_label(self) -> int:
+        """The first token with a loss, or the length if there is none."""
+        return int(self.has_loss.argmax()) if self.has_loss.any() else self.num_tokens
+
+    @cached_property
+    def prompt_places(self) -> np.ndarray:
+        """Places of a generation sample's prompt that predict nothing: text before the token that predicts the first label."""
+        if self.task != GENERATION:
+            return np.zeros(0, np.int64)
+        is_prompt = np.ones(max(0, self.first_label - 1), bool)
+        for span in self.spans:
+            is_prompt[span.start : span.start + span.length] = False
+        return np.flatnonzero(is_prompt)
+
+    def prompt(self) -> "EncodedSample":
+        """Only the tokens before the first one with a loss."""
+        end = self.first_label
+        spans = tuple(span for span in self.spans if span.start < end)
+        return replace(self, tokens=self.tokens[:end], has_loss=self.has_loss[:end], tasks=self.tasks[:end], spans=spans)
+
+
+class Encoder:
+    """Turns samples into tokens.
+
+    Args:
+        vocabulary: The id space.
+        image_tokenizer: Turns images into codes.
+        unconditional_ratio: Share of generation samples whose text without a loss becomes ``<unconditional>``.
+        seed: Of that choice, which depends on the sample's coordinates only.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        image_tokenizer: ImageTokenizer,
+        unconditional_ratio: float = 0.0,
+        seed: int = 0,
+    ):
+        self.vocabulary = vocabulary
+        self.image_tokenizer = image_tokenizer
+        self.unconditional_ratio = unconditional_ratio
+        self.seed = seed
+
+    def __call__(self, sample: Sample) -> EncodedSample:
+        """Encode one sample.
+
+        Raises:
+            DataError: Without a place, where codes lie outside the codebook or have the wrong grid.
+        """
+        vocabulary = self.vocabulary
+        # runs of ids, each with its loss and task: <bos>, the segments, <eos>
+        runs, spans, num_tokens = [([vocabulary.bos], False, TEXT)], [], 1
+        text_task = TEXT if sample.task == "text" else UNDERSTANDING
+        unconditional = sample.task == "generation" and self._is_unconditional(sample.coordinates)
+        for segment in sample.segments:
+            task = text_task
+            if segment.image is not None:
+                codes_hw, features = self.image_tokenizer.encode_member(segment.image, sample.images[segment.image], segment.loss)
+                spans.append(Span(num_tokens + 1, *codes_hw.shape, segment.loss, features))
+                ids = vocabulary.encode_image(codes_hw)
+                task = GENERATION if segment.loss else text_task
+            else:
+                drop = unconditional and not segment.loss
+                ids = [vocabulary.unconditional] if drop else vocabulary.encode_text(segment.text)
+            runs.append((ids, segment.loss, task))
+            num_tokens += len(ids)
+        runs.append(([vocabulary.eos], *runs[-1][1:]))
+        tokens, has_loss, tasks = (np.empty(num_tokens + 1, dtype) for dtype in (np.int64, bool, np.int8))
+        end = 0
+        for ids, loss, task in runs:
+            begin, end = end, end + len(ids)
+            tokens[begin:end], has_loss[begin:end], tasks[begin:end] = ids, loss, task
+        return EncodedSample(
+            sample.key, sample.coordinates, tokens, has_loss, tasks, tuple(spans), task=TASKS.index(sample.task)
+        )
+
+    def _is_unconditional(self, coordinates: Coordinates) -> bool:
+        return uniform(self.seed, Purpose.SAMPLE, *coordinates[:4]) < self.unconditional_ratio

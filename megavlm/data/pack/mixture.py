@@ -1,0 +1,109 @@
+"""What the mixture is like: sampled layouts of every source, and what follows from them, shares and target costs."""
+
+import logging
+from itertools import islice
+
+import numpy as np
+
+from megavlm.data.pack.config import DataConfig, Mixture, SourceMixture
+from megavlm.data.pack.encode import Encoder, Layout
+from megavlm.data.pack.overlong import encode_within
+from megavlm.data.pack.pack import Costing
+from megavlm.data.pack.sources import Source
+from megavlm.data.read import formats
+from megavlm.data.read.index import read_index
+from megavlm.data.read.sample import Coordinates
+from megavlm.data.read.shards import read_shard
+from megavlm.data.read.urls import Opener
+from megavlm.errors import ConfigError, DataError
+from megavlm.image_tokenizers.protocol import GridOnly
+
+log = logging.getLogger(__name__)
+
+NUM_SAMPLED_SHARDS = 8
+
+
+def estimate_mixture(sources: list[Source], encoder: Encoder, config: DataConfig, open_url: Opener) -> Mixture:
+    """Look at every source: all of it where indexes tell the layouts, else the first samples of shards spread over it.
+
+    Deterministic. Images are not tokenized: their grids are enough.
+
+    Args:
+        sources: The sources.
+        encoder: Of the run.
+        config: How many samples of a source are read where there is no index, and what becomes of those longer than a pack.
+        open_url: Opens shards.
+    """
+    encoder = Encoder(
+        encoder.vocabulary, GridOnly(encoder.image_tokenizer), encoder.unconditional_ratio, encoder.seed
+    )
+    return {
+        source.name: _estimate(number, source, encoder, config, open_url)
+        for number, source in enumerate(sources)
+    }
+
+
+def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig, open_url: Opener) -> SourceMixture:
+    num_samples = config.mixture_samples
+    indexes = [read_index(url) for url in source.urls]
+    size = sum(index.samples for index in indexes) if all(indexes) else None
+    counted: dict[Layout, int] = {}
+    # some of shards spread over the source; where they are too short for that, more of them
+    spread = np.linspace(0, len(source.urls) - 1, NUM_SAMPLED_SHARDS).round().astype(int).tolist()
+    shards = list(dict.fromkeys([*spread, *range(len(source.urls))]))
+    for shard in shards:
+        reading = read_shard(source.urls[shard], source.name, open_url)
+        for index, (key, members) in enumerate(islice(reading, -(-num_samples // min(len(shards), NUM_SAMPLED_SHARDS)))):
+            place = Coordinates(number, 0, shard, index)
+            try:
+                sample = formats.parse(key, members, source.config, place, encoder.seed)
+                layouts = [piece.layout for piece in encode_within(sample, encoder, config.pack_tokens, config.over_long)[0]]
+            except DataError:
+                continue  # counted and reported when a lane comes to it
+            for layout in layouts:
+                counted[layout] = counted.get(layout, 0) + 1
+        if sum(counted.values()) >= num_samples:
+            break
+    if not counted:
+        raise DataError(
+            f"no usable sample of at most {config.pack_tokens} tokens where the source was looked at",
+            "run `megavlm data lint` on it",
+            source.name,
+            source.urls[shards[0]],
+        )
+    return SourceMixture(num_samples=size, layouts=[(count, layout) for layout, count in sorted(counted.items())])
+
+
+def token_shares(mixture: Mixture, config: DataConfig) -> np.ndarray:
+    """Share of the tokens that each source of the recipe gets ``[num_sources]``; they sum to 1.
+
+    Raises:
+        ConfigError: If only some sources have `repeat`, or the size of one that has it is unknown.
+    """
+    by_size = [source.repeat is not None for source in config.sources.values()]
+    if any(by_size) and not all(by_size):
+        raise ConfigError("data.sources: repeat is given for some sources only\n  do:    give it, or a weight, to all")
+    weights = []
+    for name, source in config.sources.items():
+        if source.repeat is None:
+            weights.append(source.weight)
+        elif mixture[name].num_samples is None:
+            raise ConfigError(
+                f"data.sources.{name}.repeat: the number of its samples is not known\n"
+                "  do:    write indexes with `megavlm data index SHARDS`, or give weights"
+            )
+        else:
+            weights.append(source.repeat * mixture[name].num_samples)
+    weights = np.array(weights, np.float64) ** (1 / config.temperature)
+    if config.weights == "samples" or any(by_size):
+        weights *= [mixture[name].mean_tokens for name in config.sources]
+    return weights / weights.sum()
+
+
+def target_flops(mixture: Mixture, shares: np.ndarray, costing: Costing, config: DataConfig, step: int) -> np.ndarray:
+    """The cost vector of every pack at this step: that of ``fill * pack_tokens`` tokens of the average mixture."""
+    cost_per_token = 0.0
+    for share, source in zip(shares, mixture.values(), strict=True):
+        costs = sum(count * costing.flops(layout, step) for count, layout in source.layouts)
+        cost_per_token = cost_per_token + share * costs / sum(count * layout.num_tokens for count, layout in source.layouts)
+    return cost_per_token * config.fill * config.pack_tokens

@@ -1,0 +1,185 @@
+"""The pack: one micro-batch of whole samples laid end to end, no padding, with its route."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from megavlm.costs import ModelShape
+from megavlm.data.pack.encode import GENERATION, UNDERSTANDING, EncodedSample, Layout, Span
+from megavlm.data.read.sample import TASKS, Coordinates
+from megavlm.randomness import Purpose, stream
+from megavlm.routing.builder import build_route
+from megavlm.routing.plan import RoutingPlan
+from megavlm.routing.route import BIAS_WIDTH, PackLayout, Route, Sequences, Stage
+
+
+@dataclass
+class Pack:
+    """T tokens of S samples, M of them with something to predict.
+
+    Host side: everything but the tensors, which ``to`` moves.
+    """
+
+    lane: int
+    step: int
+    keys: list[str]
+    coordinates: list[Coordinates]
+    tasks: list[int]
+    """The samples' own tasks ``[S]``."""
+    sequences: Sequences
+    """Boundaries of the samples."""
+    route: Route
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    """Place of each token in its sample."""
+    rows_M: torch.Tensor
+    """Rows that predict a token with a loss, ascending."""
+    targets_M: torch.Tensor
+    """The ids they predict."""
+    groups_M: torch.Tensor
+    """Which (source, task) each counts for: ``source * len(TASKS) + task``."""
+    feature_rows_R: torch.Tensor
+    """Rows that are read as features instead of the embedding of their token."""
+    features_RF: torch.Tensor
+    """Those features, float32; F is 0 if there are none."""
+    labels: np.ndarray
+    """Number of labelled rows per (source, task) ``[num_sources * len(TASKS)]``."""
+    task_flops: np.ndarray
+    """Forward FLOPs per stage, after routing, and of the output head, by the samples' task ``[num_stages + 1, len(TASKS)]``."""
+    dense_flops: np.ndarray
+    """Forward FLOPs without a route, head included, by the samples' task ``[len(TASKS)]``."""
+    kept_tokens: np.ndarray
+    """Active image tokens per stage for understanding and generation ``[num_stages, 2]``."""
+    image_tokens: np.ndarray
+    """Image tokens for understanding and generation ``[2]``."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens_T)
+
+    @property
+    def flops(self) -> np.ndarray:
+        """Forward FLOPs per stage, after routing, and of the output head ``[num_stages + 1]``."""
+        return self.task_flops.sum(1)
+
+    @property
+    def task_labels(self) -> np.ndarray:
+        """Number of labelled rows per task ``[len(TASKS)]``."""
+        return self.labels.reshape(-1, len(TASKS)).sum(0)
+
+    def map_tensors(self, function) -> "Pack":
+        """A copy with ``function`` applied to every tensor, the route's included."""
+        tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        sequences, route = self.sequences.map_tensors(function), self.route.map_tensors(function)
+        return replace(self, sequences=sequences, route=route, **tensors)
+
+    def with_dense_route(self) -> "Pack":
+        """The same tokens with every one of them active in every layer."""
+        num_layers = self.route.stages[-1].end_layer
+        return replace(self, route=Route([Stage(0, num_layers, self.sequences, None)]))
+
+    def to(self, device: torch.device) -> "Pack":
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Pack":
+        return self.map_tensors(torch.Tensor.pin_memory)
+
+
+class Costing:
+    """What samples cost under a routing plan: the vector that the packer equalises.
+
+    Args:
+        plan: The run's routing plan.
+        shape: Sizes of the model.
+    """
+
+    def __init__(self, plan: RoutingPlan, shape: ModelShape):
+        self.plan, self.shape = plan, shape
+        # layouts recur, and so do steps at which the shares are the same
+        self._cached = lru_cache(maxsize=65536)(self._flops)
+        self.dense_flops = lru_cache(maxsize=65536)(self._dense_flops)
+
+    def __reduce__(self):
+        return Costing, (self.plan, self.shape)  # the cache does not travel
+
+    def moment(self, step: int) -> float:
+        """What the costs of a step depend on: they are the same at two steps with equal moments."""
+        return self.plan.schedule.strength(step)
+
+    def flops(self, layout: Layout, step: int) -> np.ndarray:
+        """Forward FLOPs per stage, after routing, and of the output head ``[num_stages + 1]`` of one sample."""
+        return self._cached(layout, self.plan.schedule.strength(step))
+
+    def _flops(self, layout: Layout, strength: float) -> np.ndarray:
+        plan = self.plan
+        lengths, tasks = (np.array(x, np.int64) for x in (zip(*layout.spans) if layout.spans else ((), ())))
+        dropped_s = lengths.sum() - plan.kept_tokens(lengths, tasks, strength).sum(1)
+        prompt_s = layout.num_prompt * plan.injects(GENERATION)
+        guests_s = prompt_s + lengths[tasks == UNDERSTANDING].sum() * plan.injects(UNDERSTANDING)
+        active_s = layout.num_tokens - dropped_s - prompt_s
+        bias_s = BIAS_WIDTH * plan.merges(strength)
+        stages = plan.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)
+        return np.append(stages, layout.num_labels * self.shape.head_flops_per_row)
+
+    def _dense_flops(self, layout: Layout) -> float:
+        """Forward FLOPs of a sample without a route, head included."""
+        layers = self.shape.num_layers * self.shape.layers_flops(layout.num_tokens)
+        return float(layers + layout.num_labels * self.shape.head_flops_per_row)
+
+
+def build_pack(
+    samples: list[EncodedSample], costing: Costing, num_sources: int, lane: int, step: int, seed: int
+) -> Pack:
+    """Lay samples end to end and route them. A pure function of its arguments."""
+    plan, strength = costing.plan, costing.plan.schedule.strength(step)
+    lengths = np.array([sample.num_tokens for sample in samples])
+    offsets = np.cumsum(lengths) - lengths
+    spans = [span for sample in samples for span in sample.spans]
+    starts = np.array([o + span.start for o, sample in zip(offsets, samples) for span in sample.spans], np.int64)
+    rng = stream(seed, Purpose.SELECTION, lane, step)
+    tokens = np.concatenate([sample.tokens for sample in samples])
+    tasks = np.concatenate([sample.tasks for sample in samples])
+    layouts = [sample.layout for sample in samples]
+    labelled = np.flatnonzero(np.concatenate([sample.has_loss for sample in samples]))
+    sources = np.repeat([sample.coordinates.source for sample in samples], [layout.num_labels for layout in layouts])
+    groups = sources * len(TASKS) + tasks[labelled]
+    layout = PackLayout(
+        lengths=lengths,
+        spans=spans,
+        starts=starts,
+        labelled_rows=labelled,
+        prompt_rows=np.concatenate([offset + sample.prompt_places for offset, sample in zip(offsets, samples)]),
+    )
+    costs = np.array([costing.flops(layout, step) for layout in layouts])
+    of_task = np.eye(len(TASKS))[[sample.task for sample in samples]]
+    kept_sN = plan.kept_tokens([s.length for s in spans], [s.task for s in spans], strength)
+    span_tasks = np.array([span.task for span in spans], np.int64)
+    return Pack(
+        lane=lane,
+        step=step,
+        keys=[sample.key for sample in samples],
+        coordinates=[sample.coordinates for sample in samples],
+        tasks=[sample.task for sample in samples],
+        sequences=Sequences.of(lengths),
+        route=build_route(plan, layout, strength, rng),
+        tokens_T=torch.from_numpy(tokens),
+        positions_T=torch.from_numpy(np.arange(len(tokens)) - np.repeat(offsets, lengths)),
+        rows_M=torch.from_numpy(labelled - 1),
+        targets_M=torch.from_numpy(tokens[labelled]),
+        groups_M=torch.from_numpy(groups),
+        **_features(spans, starts),
+        labels=np.bincount(groups, minlength=num_sources * len(TASKS)),
+        task_flops=costs.T @ of_task,
+        dense_flops=np.array([costing.dense_flops(layout) for layout in layouts]) @ of_task,
+        kept_tokens=np.stack([kept_sN[:, span_tasks == task].sum(1) for task in range(2)], axis=1),
+        image_tokens=np.array([sum(span.length for span in spans if span.task == task) for task in range(2)]),
+    )
+
+
+def _features(spans: list[Span], starts: np.ndarray) -> dict[str, torch.Tensor]:
+    """The rows of a pack that are read as features, and those."""
+    found = [(start + span.features.places_R, span.features.values_RF) for span, start in zip(spans, starts) if span.features]
+    rows, values = zip(*found) if found else ([np.zeros(0, np.int64)], [np.zeros((0, 0), np.float32)])
+    return {"feature_rows_R": torch.from_numpy(np.concatenate(rows)), "features_RF": torch.from_numpy(np.concatenate(values))}

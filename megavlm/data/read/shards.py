@@ -1,0 +1,108 @@
+"""Shards: naming and reading. A shard is a tar of samples, a JSONL file of one sample per line, or a JSON file with a list of them."""
+
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+import braceexpand
+from webdataset.tariterators import base_plus_ext
+
+from megavlm.data.read.tar import read_members
+from megavlm.data.read.urls import Opener, is_local, local_path
+from megavlm.errors import ConfigError, DataError
+
+MAX_MEMBER_BYTES = 256 << 20
+"""A larger member is not read at all: its sample is an error."""
+PROBLEM = "__problem__"
+"""Stands in the place of members that could not be read; the content says why."""
+
+Members = dict[str, bytes]
+
+
+def expand_shards(name: str, shards: str | list[str]) -> list[str]:
+    """The URLs of a source, braces expanded, in their order.
+
+    Raises:
+        ConfigError: If the list is empty, has a shard twice or a local file is missing.
+    """
+    patterns = [shards] if isinstance(shards, str) else shards
+    # a pipe is a command: its braces are the shell's
+    urls = [u for p in patterns for u in ([p] if p.startswith("pipe:") else braceexpand.braceexpand(p))]
+    if not urls:
+        raise ConfigError(f"data.sources.{name}.shards is empty\n  do:    name at least one shard")
+    if len(set(urls)) < len(urls):
+        twice = next(url for url in urls if urls.count(url) > 1)
+        raise ConfigError(f"data.sources.{name}.shards names {twice} more than once\n  do:    use the weight instead")
+    for url in urls:
+        check_exists(url, name)
+    return urls
+
+
+def check_exists(url: str, source: str = "") -> None:
+    """Raise a DataError if ``url`` is a local file that is not there."""
+    if is_local(url) and not os.path.isfile(local_path(url)):
+        raise DataError("the shard does not exist", "write the data first, or correct the path", source, url)
+
+
+def read_shard(
+    url: str, source: str = "", open_url: Callable[[str], BinaryIO] = Opener()
+) -> Iterator[tuple[str, Members]]:
+    """Yield ``(key, {extension: content})`` for every sample of a shard, in its order.
+
+    Only regular files count, names are nothing but keys, nothing is written to disk or unpickled. A sample of which a member
+    cannot be had comes with `PROBLEM` among its members.
+
+    Raises:
+        DataError: Where the shard cannot be opened or ends before its end.
+    """
+    path = url.split("?")[0].lower()
+    read = _read_lines if path.endswith(".jsonl") else _read_list if path.endswith(".json") else _read_tar
+    try:
+        with open_url(url) as stream:
+            yield from read(stream)
+    except (tarfile.TarError, OSError, EOFError, RecursionError, ValueError) as error:
+        check_exists(url, source)
+        raise DataError(
+            f"the shard is unreadable or cut short: {error}", "copy or write it again", source, url
+        ) from error
+
+
+def _read_tar(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
+    key, members = None, {}
+    for name, size, content in read_members(stream, MAX_MEMBER_BYTES):
+        base, extension = base_plus_ext(name)
+        if base is None:
+            continue
+        extension = extension.lower()
+        # a repeated extension begins another sample of the same name: nothing is lost
+        if base != key or extension in members:
+            if members:
+                yield key, members
+            key, members = base, {}
+        if content is None:
+            members[PROBLEM] = f"member {extension} has {size} bytes, the limit is {MAX_MEMBER_BYTES}".encode()
+        else:
+            members[extension] = content
+    if members:
+        yield key, members
+
+
+def _read_lines(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
+    number = 0
+    while line := stream.readline(MAX_MEMBER_BYTES + 1):
+        if len(line) > MAX_MEMBER_BYTES:
+            raise tarfile.ReadError(f"line {number + 1} is longer than {MAX_MEMBER_BYTES} bytes")
+        if line.strip():
+            yield f"{number:08d}", {"json": line}
+        number += 1
+
+
+def _read_list(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
+    records = json.loads(stream.read())
+    if not isinstance(records, list):
+        raise tarfile.ReadError("the JSON file holds no list of samples")
+    for number, record in enumerate(records):
+        key = record.get("id") if isinstance(record, dict) else None
+        yield str(key if key is not None else f"{number:08d}"), {"json": json.dumps(record).encode()}

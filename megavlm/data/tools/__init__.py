@@ -1,0 +1,1 @@
+"""For data people: check, describe, look at, write, encode and simulate."""

@@ -1,0 +1,72 @@
+"""Every problem of some shards, each with its shard and key. Reads to the end, executes nothing, and writes nothing."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from megavlm.data.read import formats
+from megavlm.data.read.sample import Coordinates, Sample
+from megavlm.data.read.shards import read_shard
+from megavlm.data.read.urls import Opener
+from megavlm.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Report:
+    """What was found."""
+
+    num_samples: int = 0
+    """Samples read, good or bad."""
+    problems: list[DataError] = field(default_factory=list)
+    """One for each bad sample, broken shard and repeated key."""
+
+
+def read_samples(urls: list[str], source, report: Report, open_url=Opener()) -> Iterator[Sample]:
+    """The good samples of some shards; everything else goes into ``report``.
+
+    Args:
+        urls: The shards.
+        source: A `SourceConfig`: the format and its options.
+        report: Is filled.
+        open_url: Opens shards.
+    """
+    keys: set[str] = set()
+    for shard, url in enumerate(urls):
+        try:
+            for index, (key, members) in enumerate(read_shard(url, "", open_url)):
+                report.num_samples += 1
+                if key in keys:
+                    what = "the key was there before: samples cannot be told apart by it"
+                    report.problems.append(DataError(what, "give every sample a key of its own", "", url, key))
+                keys.add(key)
+                try:
+                    yield formats.parse(key, members, source, Coordinates(0, 0, shard, index), 0)
+                except DataError as error:
+                    error.shard, error.key = url, key
+                    report.problems.append(error)
+        except DataError as error:
+            error.shard = url
+            report.problems.append(error)
+
+
+def lint(urls: list[str], source, check: Callable[[Sample], object] = lambda sample: None) -> Report:
+    """Read shards to their end.
+
+    Args:
+        urls: The shards.
+        source: A `SourceConfig`: the format and its options.
+        check: Called with every good sample; may raise a DataError, such as `Encoder` does for codes outside the codebook.
+    """
+    report = Report()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for sample in read_samples(urls, source, report):
+            try:
+                check(sample)
+            except DataError as error:
+                error.shard, error.key = urls[sample.coordinates.shard], sample.key
+                report.problems.append(error)
+    return report

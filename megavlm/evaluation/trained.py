@@ -1,0 +1,79 @@
+"""A trained model in this one process, and the settings that say how it draws and is judged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from megavlm.data.pack.encode import Encoder
+from megavlm.data.pack.pack import Costing
+from megavlm.evaluation.sampling import draw_images
+from megavlm.image_tokenizers.protocol import ImageTokenizer
+from megavlm.model.backbone import Backbone
+from megavlm.randomness import Purpose, integer_seed
+from megavlm.runs.folder import RunFolder
+from megavlm.settings import Positive, Settings
+
+
+class EvaluationConfig(Settings):
+    """How `megavlm evaluate` samples and what it judges with."""
+
+    benchmark: str | None = None
+    """What is asked and who judges: digits, shapes, or `module:Class` (see `megavlm.evaluation.benchmark`)."""
+    shards: str | list[str] | None = None
+    """The held-out samples of the benchmark."""
+    num_drawings: Positive = 200
+    """Images to draw, evenly over the benchmark's prompts."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Softmax temperature of the drawing."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw among the k most likely codes; 0 is all of them."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+    route: Literal["dense", "trained"] = "dense"
+    """Which tokens are active when the model is judged or draws: all, or as the policies of the training have it, in full."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The weights of one checkpoint, and all that is needed to ask them."""
+
+    folder: RunFolder
+    """Of the run; results go there."""
+    checkpoint: Path
+    backbone: Backbone
+    encoder: Encoder
+    costing: Costing
+    """Of the route that ``evaluation.route`` asks for."""
+    device: torch.device
+    config: EvaluationConfig
+    seed: int
+    """The run's."""
+
+    @property
+    def image_tokenizer(self) -> ImageTokenizer:
+        return self.encoder.image_tokenizer
+
+    def draw(self, prompts: Sequence[str], *coordinates: int) -> np.ndarray:
+        """Codes ``[len(prompts), h, w]``, sampled as the recipe's ``evaluation`` says.
+
+        Args:
+            prompts: What to draw.
+            coordinates: Name the random numbers, beside the run's seed.
+        """
+        config = self.config
+        return draw_images(
+            self.backbone,
+            self.encoder,
+            prompts,
+            self.costing,
+            self.device,
+            integer_seed(self.seed, Purpose.DRAWING, *coordinates),
+            config.temperature,
+            config.top_k,
+            config.guidance,
+        )

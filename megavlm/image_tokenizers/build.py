@@ -1,0 +1,25 @@
+"""From the settings to the image tokenizer."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from megavlm.image_tokenizers.compressed import CompressedTokenizer, CompressedTokenizerConfig
+from megavlm.image_tokenizers.pixel import PixelTokenizer, PixelTokenizerConfig
+from megavlm.image_tokenizers.protocol import ImageTokenizer
+from megavlm.image_tokenizers.vq import VQTokenizer, VQTokenizerConfig
+
+ImageTokenizerConfig = Annotated[PixelTokenizerConfig | VQTokenizerConfig | CompressedTokenizerConfig, Field(discriminator="kind")]
+
+
+def build_image_tokenizer(
+    config: PixelTokenizerConfig | VQTokenizerConfig | CompressedTokenizerConfig, device: str | torch.device = "cpu"
+) -> ImageTokenizer:
+    """The image tokenizer of a recipe; its weights, if it has any, are read when they are needed."""
+    if config.kind == "pixel":
+        return PixelTokenizer(config.levels, config.height, config.width)
+    if config.kind == "vq":
+        return VQTokenizer(config.path, config.height, config.width, device, config.fingerprint)
+    around = build_image_tokenizer(config.around, device)
+    return CompressedTokenizer(config.path, around, device, config.fingerprint, config.understanding == "continuous")

@@ -1,0 +1,148 @@
+"""UniCompress (arXiv 2603.11320): a dense map of image codes to a few global tokens and average-pooled ones, around any image tokenizer.
+
+    dense codes [h, w] ── embeddings [h, w, D] ─┬─ cross-attention of G learned queries ─▶ G global tokens      [G, D]
+                                                └─ means over factor x factor blocks ───▶ M compressed tokens  [M, D]
+
+Continuous they are what understanding reads. Discrete, each the nearest entry of a codebook, they are what generation predicts; the way
+back is `megavlm.image_tokenizers.decompressor`. Letters: N images, L = h·w dense codes, P = G + M tokens, V dense codes of the tokenizer, K entries of
+the plug-in's own codebook, D width of an embedding, W width inside the plug-in.
+
+Where the method leaves room, this was chosen: one codebook for both kinds of tokens, of the plug-in's own (a mean of embeddings
+lies between the tokenizer's codes, not on them); VQ-VAE's loss for it (arXiv 1711.00937); entries that nothing uses begin anew.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from torch.nn import functional
+
+from megavlm.settings import Settings
+
+Positive = Annotated[int, Field(gt=0)]
+PLACE_STD = 0.5
+"""Standard deviation that embeddings of places begin with: as large as what is embedded, or attention learns late what is where."""
+COMMITMENT = 0.25
+"""Weight of the pull on features towards their entries, relative to that on entries (arXiv 1711.00937)."""
+
+
+class PlugInSettings(Settings):
+    """Sizes of a plug-in; written beside its weights."""
+
+    num_dense_codes: Positive
+    """V, the codebook of the tokenizer around which it is."""
+    height: Positive
+    """Rows of dense codes."""
+    width: Positive
+    """Columns of dense codes."""
+    embedding_width: Positive
+    """D: of the tokenizer's codebook, or of the learned embedding of its codes."""
+    has_codebook: bool
+    """Whether the tokenizer has embeddings of its own, which stay as they are."""
+    factor: Literal[2, 4] = 2
+    """Side of the blocks that become one token: 2 is 4 times fewer tokens, 4 is 16 times."""
+    num_global: Positive = 4
+    """G."""
+    codebook_size: Positive = 512
+    """K."""
+    hidden_width: Positive = 128
+    """W."""
+    num_heads: Positive = 4
+    """Attention heads."""
+    num_layers: Positive = 4
+    """Layers of the decompressor."""
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> "PlugInSettings":
+        if self.height % self.factor or self.width % self.factor:
+            raise ValueError(f"blocks of {self.factor} x {self.factor} do not fill a grid of {self.height} x {self.width} codes")
+        if self.hidden_width % self.num_heads:
+            raise ValueError(f"hidden_width {self.hidden_width} is no multiple of num_heads {self.num_heads}")
+        return self
+
+    @property
+    def num_dense(self) -> int:
+        """L."""
+        return self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        """P."""
+        return self.num_global + self.num_dense // self.factor**2
+
+
+def pool(dense_NhwD: torch.Tensor, factor: int) -> torch.Tensor:
+    """Means over blocks of ``factor x factor``, in raster order: ``[N, M, D]``."""
+    num, height, width, depth = dense_NhwD.shape
+    blocks = dense_NhwD.view(num, height // factor, factor, width // factor, factor, depth)
+    return blocks.mean((2, 4)).flatten(1, 2)
+
+
+class Compressor(nn.Module):
+    """Dense codes to global and compressed tokens, as features.
+
+    Args:
+        settings: Sizes.
+        codebook_VD: Embeddings of the tokenizer's codes; without them an embedding is learned.
+    """
+
+    def __init__(self, settings: PlugInSettings, codebook_VD: torch.Tensor | None = None):
+        super().__init__()
+        self.settings, hidden = settings, settings.hidden_width
+        self.embedding = nn.Embedding(settings.num_dense_codes, settings.embedding_width)
+        if settings.has_codebook:
+            self.embedding.requires_grad_(False)
+        if codebook_VD is not None:
+            self.embedding.weight.data.copy_(codebook_VD)
+        self.into = nn.Linear(settings.embedding_width, hidden)
+        self.place_LW = nn.Parameter(PLACE_STD * torch.randn(settings.num_dense, hidden))
+        self.query_GW = nn.Parameter(torch.randn(settings.num_global, hidden))
+        self.norm = nn.LayerNorm(hidden)
+        self.attention = nn.MultiheadAttention(hidden, settings.num_heads, batch_first=True)
+        self.out = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, settings.embedding_width))
+
+    def forward(self, codes_Nhw: torch.Tensor) -> torch.Tensor:
+        """Features ``[N, P, D]``: the global tokens, then the compressed ones in raster order."""
+        dense_NhwD = self.embedding(codes_Nhw)
+        keys_NLW = self.norm(self.into(dense_NhwD.flatten(1, 2)) + self.place_LW)
+        queries_NGW = self.query_GW.expand(len(codes_Nhw), -1, -1)
+        read_NGW, _ = self.attention(queries_NGW, keys_NLW, keys_NLW, need_weights=False)
+        return torch.cat([self.out(read_NGW), pool(dense_NhwD, self.settings.factor)], 1)
+
+
+class Quantizer(nn.Module):
+    """A codebook of K entries; gradients pass through it as if it were not there (arXiv 1308.3432).
+
+    Args:
+        num_entries: K.
+        width: D.
+    """
+
+    def __init__(self, num_entries: int, width: int):
+        super().__init__()
+        self.entry_KD = nn.Parameter(torch.randn(num_entries, width))
+
+    def nearest(self, x_NPD: torch.Tensor) -> torch.Tensor:
+        """Indices of the nearest entries ``[N, P]``."""
+        distance_NPK = self.entry_KD.square().sum(1) - 2 * x_NPD @ self.entry_KD.T
+        return distance_NPK.argmin(-1)
+
+    def forward(self, x_NPD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Entries ``[N, P, D]`` with the gradient of the features, their indices ``[N, P]``, and the loss of the codebook.
+
+        The loss is in units of the features' variance.
+        """
+        indices_NP = self.nearest(x_NPD)
+        entries_NPD = functional.embedding(indices_NP, self.entry_KD)
+        to_entries = (entries_NPD - x_NPD.detach()).square().mean()
+        to_features = (entries_NPD.detach() - x_NPD).square().mean()
+        loss = (to_entries + COMMITMENT * to_features) / x_NPD.detach().var().clamp(min=1e-6)
+        return x_NPD + (entries_NPD - x_NPD).detach(), indices_NP, loss
+
+    @torch.no_grad()
+    def begin_anew(self, x_NPD: torch.Tensor, entries: torch.Tensor) -> None:
+        """Put entries, given by their indices, onto features picked evenly from a batch, with a little noise so that none are equal."""
+        x_XD = x_NPD.flatten(0, 1)
+        chosen = x_XD[torch.linspace(0, len(x_XD) - 1, len(entries)).long()]
+        self.entry_KD[entries] = chosen + 0.01 * x_XD.std() * torch.randn_like(chosen)

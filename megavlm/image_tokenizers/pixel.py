@@ -1,0 +1,60 @@
+"""Images as grey levels of single pixels."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from megavlm.image_tokenizers.protocol import DenseCodes
+from megavlm.settings import Positive, Settings
+
+
+class PixelTokenizerConfig(Settings):
+    """Images as grey levels of single pixels (`megavlm.image_tokenizers.pixel.PixelTokenizer`)."""
+
+    kind: Literal["pixel"] = "pixel"
+    """Which tokenizer."""
+    levels: Annotated[int, Field(ge=2, le=256)] = 17
+    """Size of the codebook: number of grey levels."""
+    height: Positive = 8
+    """Rows of codes per image."""
+    width: Positive = 8
+    """Columns of codes per image."""
+
+
+class PixelTokenizer(DenseCodes):
+    """A code is the grey level of a pixel: exact on images of ``height x width`` with ``levels`` grey levels.
+
+    Other images are scaled to the size (box filter) and rounded to the nearest level.
+
+    Args:
+        levels: Number of grey levels, which is the size of the codebook.
+        height: Rows of the grid.
+        width: Columns of the grid.
+    """
+
+    has_decoder = True
+
+    def __init__(self, levels: int, height: int, width: int):
+        self.codebook_size = levels
+        self.height = height
+        self.width = width
+        self.fingerprint = hashlib.sha256(f"pixel {levels}".encode()).hexdigest()
+
+    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        size = (self.width, self.height)
+        images_NHWC = np.stack(
+            [
+                image if image.shape[1::-1] == size else np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+                for image in images
+            ]
+        )
+        grey_Nhw = images_NHWC.astype(np.float64).mean(axis=3)
+        return np.rint(grey_Nhw * (self.codebook_size - 1) / 255).astype(np.int64)
+
+    def decode(self, codes_Nhw: np.ndarray) -> np.ndarray:
+        grey_Nhw = np.rint(np.asarray(codes_Nhw) * 255 / (self.codebook_size - 1)).astype(np.uint8)
+        return np.repeat(grey_Nhw[..., None], 3, axis=3)

@@ -1,0 +1,138 @@
+"""What every image tokenizer can do: ``encode(images) -> codes``, ``decode(codes) -> images``, and what the engine asks beside that."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from megavlm.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What the model reads at some places of a span instead of the embedding of its codes."""
+
+    places_R: np.ndarray
+    """Places in the span."""
+    values_RF: np.ndarray
+    """float32; what a projection of the model makes embeddings of."""
+
+
+class ImageTokenizer(Protocol):
+    """Gives a grid of ``height x width`` codes out of ``codebook_size``. Sizes are known without reading weights."""
+
+    codebook_size: int
+    height: int
+    width: int
+    has_decoder: bool
+    feature_width: int
+    """Numbers per token of what the model reads of images; 0 if it reads codes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs between tokenizers that give different codes."""
+        ...
+
+    @property
+    def of_shards(self) -> "ImageTokenizer":
+        """The tokenizer whose codes pre-tokenised shards hold: itself, or the one inside."""
+        ...
+
+    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """uint8 RGB images ``[H, W, 3]`` of any sizes to codes ``[N, height, width]``."""
+        ...
+
+    def encode_member(self, name: str, image: np.ndarray, has_loss: bool) -> tuple[np.ndarray, Features | None]:
+        """Codes ``[h, w]`` of an image as shards hold it, and the features that are read in their place, if any.
+
+        Args:
+            name: Of the image in its sample, for errors.
+            image: uint8 pixels ``[H, W, 3]``, or int64 codes ``[h, w]`` made before.
+            has_loss: Whether the image is drawn; only images that are read have features.
+
+        Raises:
+            DataError: Without a place, if codes do not belong to this tokenizer.
+        """
+        ...
+
+    def decode(self, codes_Nhw: np.ndarray) -> np.ndarray:
+        """Codes ``[N, height, width]`` to uint8 RGB images ``[N, H, W, 3]``."""
+        ...
+
+    def codebook(self) -> torch.Tensor | None:
+        """The embedding of every code as the decoder gets it ``[codebook_size, D]``; None if codes have none."""
+        ...
+
+    def barred(self) -> np.ndarray:
+        """Which code may not stand at which place when an image is drawn: bool ``[height * width, codebook_size]``."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Run there from now on."""
+        ...
+
+
+def codes_of_member(tokenizer: ImageTokenizer, name: str, image: np.ndarray) -> np.ndarray:
+    """Codes ``[h, w]``: uint8 pixels are tokenized; int64 codes, made before, are checked."""
+    if image.dtype == np.uint8:
+        return tokenizer.encode(image[None])[0]
+    # as unsigned numbers negative ones are the largest
+    if image.view(np.uint64).max() >= tokenizer.codebook_size:
+        raise DataError(
+            f"{name} has codes from {image.min()} to {image.max()}, outside the codebook of {tokenizer.codebook_size}",
+            "tokenize the images with the run's image tokenizer (vocabulary.image_tokenizer)",
+        )
+    return image
+
+
+class DenseCodes:
+    """What most tokenizers have in common: shards hold their own codes, the model reads codes, and any code may stand anywhere."""
+
+    codebook_size: int
+    height: int
+    width: int
+    feature_width = 0
+
+    @property
+    def of_shards(self):
+        return self
+
+    def encode_member(self, name: str, image: np.ndarray, has_loss: bool) -> tuple[np.ndarray, None]:
+        return codes_of_member(self, name, image), None
+
+    def codebook(self) -> torch.Tensor | None:
+        return None
+
+    def barred(self) -> np.ndarray:
+        return np.zeros((self.height * self.width, self.codebook_size), bool)
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+
+class GridOnly(DenseCodes):
+    """An image tokenizer's grid without its work: all codes are 0. For layouts, which depend on sizes only.
+
+    Args:
+        of: The tokenizer. Codes that are in shards keep their own grid, but for a compressed tokenizer, which makes them fewer.
+    """
+
+    has_decoder = False
+    fingerprint = ""
+
+    def __init__(self, of: ImageTokenizer):
+        self.codebook_size = of.codebook_size
+        self.height = of.height
+        self.width = of.width
+        self._keeps_codes = of.of_shards is of
+
+    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return np.zeros((len(images), self.height, self.width), np.int64)
+
+    def encode_member(self, name: str, image: np.ndarray, has_loss: bool) -> tuple[np.ndarray, None]:
+        return codes_of_member(self, name, image) if self._keeps_codes else self.encode([image])[0], None
+
+    def decode(self, codes_Nhw: np.ndarray) -> np.ndarray:
+        raise TypeError("a grid has no images")

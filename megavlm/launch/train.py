@@ -1,0 +1,147 @@
+"""`megavlm train` in one process: start, train, and end with a status that says what should happen next."""
+
+import json
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megavlm.config import RunConfig, load_config
+from megavlm.engine import signals
+from megavlm.errors import MegavlmError
+from megavlm.runs.exits import Exit, RunEnded
+
+if TYPE_CHECKING:
+    from megavlm.system.world import World
+    from megavlm.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def train(recipe: str, overrides: dict[str, Any]) -> None:
+    """Train a recipe, or go on with it; ends the process if that is not to end well.
+
+    Raises:
+        MegavlmError: For mistakes of the user.
+        SystemExit: With the status of `Exit` if the run ends before its last step.
+    """
+    signals.listen()
+    # the sbatch script says where it looks; a recipe that cannot be read names no run folder
+    exit_file = Path(os.environ["MEGAVLM_EXIT_FILE"]) if "MEGAVLM_EXIT_FILE" in os.environ else None
+    try:
+        config = load_config(recipe, overrides)
+        from megavlm.runs.folder import RunFolder
+        from megavlm.runs.ownership import Superseded
+        from megavlm.system import world as distributed
+
+        folder = RunFolder(config.run_dir)
+        exit_file = exit_file or folder.exit_code
+        world = distributed.start(config.engine.timeout_s)
+        logging.getLogger().setLevel(logging.INFO if world.is_main else logging.WARNING)
+        try:
+            trainer = make_trainer(config, world)
+            if world.is_main:
+                _keep_environment(folder.environment, world.size)
+            trainer.run()
+            code, reason = Exit.DONE, ""
+        except RunEnded as end:
+            code, reason = end.code, end.reason
+        except Superseded as error:
+            code, reason = Exit.SUPERSEDED, str(error)
+        if world.is_main:
+            if reason:
+                log.warning(reason)
+            # a superseded start leaves the folder to the new one
+            if code != Exit.SUPERSEDED:
+                _leave(exit_file, code)
+        if code == Exit.DONE:
+            distributed.stop()
+    except MegavlmError:
+        _leave(exit_file, Exit.MISTAKE)
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        # a rank whose neighbour vanished says nothing: the neighbour, or SLURM, knows why
+        if not lost_a_peer(error):
+            _leave(exit_file, 1)
+        _end_at_once(1)
+    if code != Exit.DONE:
+        # not by way of the interpreter: that would wait for threads, and a launcher kills the ranks that are last
+        _end_at_once(code)
+
+
+def make_trainer(config: RunConfig, world: "World") -> "Trainer":
+    """The trainer of a recipe with everything that watches it. Called by all ranks together.
+
+    Raises:
+        MegavlmError: If the recipe, the data or the run folder is wrong.
+    """
+    from megavlm.data.pack.loader import lanes_of
+    from megavlm.observers.drawings import Drawings
+    from megavlm.observers.instruments import Instruments
+    from megavlm.parts.resolve import resolve
+    from megavlm.runs.folder import RunFolder
+    from megavlm.training.trainer import Trainer
+
+    # before anything is read: the processes may not be able to share the lanes
+    lanes_of(world.rank, world.size, config.data.num_lanes)
+    return Trainer(resolve(config, RunFolder(config.run_dir), world), world, [Instruments(), Drawings()])
+
+
+def lost_a_peer(error: Exception) -> bool:
+    """Whether an error only says that another process is gone."""
+    from torch import distributed
+
+    if isinstance(error, distributed.DistError):
+        return True
+    text = "".join(traceback.format_exception(error))
+    return isinstance(error, RuntimeError) and bool(re.search(r"gloo|NCCL|Connection (closed|reset|refused)", text))
+
+
+def _leave(exit_file: Path | None, code: int) -> None:
+    """Write the exit status, unless another rank was first."""
+    if exit_file is None or not exit_file.parent.is_dir():
+        return
+    try:
+        with exit_file.open("x") as file:
+            file.write(f"{int(code)}\n")
+    except FileExistsError:
+        pass
+
+
+def _end_at_once(code: int) -> None:
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _keep_environment(path: Path, world_size: int) -> None:
+    """Add this start to RUN/environment.json: what ran, on what, with which versions."""
+    import deepspeed
+    import torch
+    import transformers
+
+    import megavlm
+
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "world_size": world_size,
+        "host": os.uname().nodename,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": sys.version.split()[0],
+        "versions": {m.__name__: m.__version__ for m in (megavlm, torch, deepspeed, transformers)},
+        "variables": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("SLURM_JOB", "SLURM_RESTART", "SLURM_NNODES", "NCCL_", "OMP_NUM", "CUDA_VISIBLE"))
+        },
+    }
+    starts = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*starts, entry], indent=1))

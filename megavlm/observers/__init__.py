@@ -1,0 +1,1 @@
+"""What watches training and is handed in: instruments, drawings."""

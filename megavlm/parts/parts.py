@@ -1,0 +1,147 @@
+"""From the resolved configuration to the parts of a run, each made once per process."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from megavlm.config import RunConfig
+from megavlm.costs import ModelShape
+from megavlm.data.pack.config import Mixture
+from megavlm.data.pack.encode import Encoder
+from megavlm.data.pack.lane import Lane
+from megavlm.data.pack.mixture import estimate_mixture
+from megavlm.data.pack.pack import Costing
+from megavlm.data.pack.sources import Source, State, make_sources
+from megavlm.data.read.urls import Opener
+from megavlm.data.tools.simulate import Situation
+from megavlm.image_tokenizers.build import ImageTokenizer, build_image_tokenizer
+from megavlm.model.backbone import Backbone, make_causal_lm
+from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.policies import Dense
+from megavlm.vocabulary import Vocabulary
+
+
+class Parts:
+    """What a configuration describes. Every part is made when it is first asked for, and kept.
+
+    Travels to loader workers as the configuration alone: there the parts are made again, once per worker.
+
+    Args:
+        config: The recipe; `make_lane` needs it resolved, with ``data.mixture``.
+        device: Where the image tokenizer runs.
+        image_tokenizer: The configuration's, if there is one already.
+    """
+
+    def __init__(self, config: RunConfig, device: str | torch.device = "cpu", image_tokenizer: ImageTokenizer | None = None):
+        self.config = config
+        self.device = torch.device(device)
+        if image_tokenizer is not None:
+            self.image_tokenizer = image_tokenizer
+
+    @cached_property
+    def image_tokenizer(self) -> ImageTokenizer:
+        """Its weights, if it has any, are read when they are needed."""
+        return build_image_tokenizer(self.config.vocabulary.image_tokenizer, self.device)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.config.vocabulary.text_model, self.image_tokenizer.codebook_size)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Of prompts and held-out samples: no prompt is replaced."""
+        return self._encoder(0.0)
+
+    @cached_property
+    def training_encoder(self) -> Encoder:
+        """Of the training samples: some prompts become ``<unconditional>``."""
+        return self._encoder(self.config.data.unconditional_ratio)
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        return make_sources(self.config.data.sources)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The model's sizes, without making its weights."""
+        return ModelShape.of(AutoConfig.for_model(**self.config.model.architecture, vocab_size=self.vocabulary.size))
+
+    @cached_property
+    def plan(self) -> RoutingPlan:
+        """The policies with their schedule over the run."""
+        routing = self.config.routing
+        schedule = Schedule(self.config.optimizer.num_steps, routing.warmup_fraction, routing.dense_finish_fraction)
+        return RoutingPlan(routing.understanding, routing.generation, self.shape.num_layers, schedule)
+
+    @cached_property
+    def costing(self) -> Costing:
+        """Of training packs."""
+        return Costing(self.plan, self.shape)
+
+    @cached_property
+    def inference_costing(self) -> Costing:
+        """Of the route that ``evaluation.route`` asks for: dense, or the run's policies in full."""
+        routing, always = self.config.routing, Schedule(1, 0.0, 0.0)
+        is_dense = self.config.evaluation.route == "dense"
+        policies = (Dense(), Dense()) if is_dense else (routing.understanding, routing.generation)
+        return Costing(RoutingPlan(*policies, self.shape.num_layers, always), self.shape)
+
+    @property
+    def mixture(self) -> Mixture:
+        """Of a configuration that is resolved."""
+        if self.config.data.mixture is None:
+            raise TypeError("the configuration is not resolved: call with_mixture")
+        return self.config.data.mixture
+
+    def make_lane(self, number: int, state: State | None = None) -> Lane:
+        """One of the run's lanes, at its beginning or where ``state`` left it."""
+        config = self.config
+        return Lane(number, self.sources, self.training_encoder, self.costing, self.mixture, config.data, config.seed, state)
+
+    def make_causal_lm(self) -> PreTrainedModel:
+        """The stock model with random weights from torch's global generator."""
+        return make_causal_lm(self.config.model.architecture, self.vocabulary.size)
+
+    def make_backbone(self, causal_lm: PreTrainedModel | None = None) -> Backbone:
+        """The backbone around a stock model, by default one with random weights."""
+        config = self.config
+        return Backbone(
+            causal_lm or self.make_causal_lm(),
+            self.plan,
+            num_sources=len(config.data.sources),
+            max_labels=config.data.pack_tokens,
+            chunk_rows=config.loss.chunk_rows,
+            activation_checkpointing=config.model.activation_checkpointing,
+            feature_width=self.image_tokenizer.feature_width,
+        )
+
+    def with_mixture(self) -> "Parts":
+        """The same with ``data.mixture`` filled in, if it is not yet, or is that of other sources; reads samples."""
+        data = self.config.data
+        if data.mixture is not None and list(data.mixture) == list(data.sources):
+            return self
+        open_url = Opener(data.retries, data.cache_dir, data.cache_gib)
+        mixture = estimate_mixture(self.sources, self.training_encoder, data, open_url)
+        return self.replaced(data=data.model_copy(update={"mixture": mixture}))
+
+    def replaced(self, **settings: Any) -> "Parts":
+        """The parts of the same configuration with other blocks of settings than ``vocabulary``; the image tokenizer is kept."""
+        return Parts(self.config.model_copy(update=settings), self.device, self.image_tokenizer)
+
+    def _encoder(self, unconditional_ratio: float) -> Encoder:
+        return Encoder(self.vocabulary, self.image_tokenizer, unconditional_ratio, self.config.seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a SentencePiece model does not travel; workers tokenize on the CPU
+        return {"config": self.config, "device": torch.device("cpu")}
+
+
+def situation_of(config: RunConfig) -> Situation:
+    """What `megavlm data simulate` needs of a recipe: its mixture, route and model."""
+    parts = Parts(config).with_mixture()
+    config, routing = parts.config, parts.config.routing
+    # between warm-up and dense finish, where the route is in full
+    middle = (1 + routing.warmup_fraction - routing.dense_finish_fraction) / 2
+    return Situation(parts.mixture, parts.costing, config.data, config.seed, int(config.optimizer.num_steps * middle))

@@ -1,0 +1,122 @@
+"""From a recipe to the parts of its run: what is found out when a run starts is kept with it and never found out again."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megavlm.config import RunConfig, load_config, save_config
+from megavlm.data.pack.config import DataConfig
+from megavlm.data.tools.tokenize import check_codes
+from megavlm.errors import ConfigError
+from megavlm.parts.parts import Parts
+from megavlm.runs.folder import RunFolder
+from megavlm.runs.manifest import complete_checkpoints
+from megavlm.system.world import World
+from megavlm.vocabulary import copy_text_model
+
+log = logging.getLogger(__name__)
+
+FIXED = ("seed", "model.architecture", "vocabulary", "data.num_lanes")
+"""Settings that the weights or the data's state depend on: a run cannot go on with others. Changed sources are the lanes' affair
+(`data.when_sources_change`)."""
+
+
+def resolve(config: RunConfig, folder: RunFolder, world: World) -> Parts:
+    """Resolve the configuration, compare it with the folder's, and make the parts. Called by all ranks together.
+
+    The folder keeps its own configuration until `keep`: the sources can still be refused when the newest intact checkpoint is known.
+
+    Raises:
+        ConfigError: If the folder holds a run that cannot go on with this configuration.
+    """
+    parts = _resolve_alone(Parts(config, world.device), folder) if world.is_main else None
+    resolved = world.gather(parts.config if parts else None)[0]
+    return parts or Parts(resolved, world.device)
+
+
+def keep(config: RunConfig, folder: RunFolder) -> None:
+    """Write a configuration with which the run goes on."""
+    save_config(config, folder.config_file)
+
+
+def _resolve_alone(parts: Parts, folder: RunFolder) -> Parts:
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        logging.getLogger().addHandler(_file_handler(folder.log_file))
+    except OSError as error:
+        raise ConfigError(f"run_dir: {error.filename}: {error.strerror}\n  do:    name a folder that can be written") from error
+    parts = _with_fingerprint(parts)
+    config, tokenizer = parts.config, parts.image_tokenizer
+    if all(source.epochs for source in config.data.sources.values()):
+        raise ConfigError(
+            "data.sources: every source ends after its `epochs`, at another step in each lane\n"
+            "  do:    leave out `epochs` of one of them; optimizer.num_steps says when training ends"
+        )
+    for source in parts.sources:
+        check_codes(list(source.urls), tokenizer)
+    if config.monitor.sample_every_steps and not tokenizer.has_decoder:
+        raise ConfigError(
+            "monitor.sample_every_steps: the image tokenizer cannot decode, so there is nothing to show\n"
+            "  do:    set it to null, or choose another tokenizer"
+        )
+    if folder.config_file.exists():
+        parts = parts.replaced(data=_adopted(config, folder))
+    parts = parts.with_mixture()
+    if Path(config.vocabulary.text_model).resolve() != folder.text_model.resolve():
+        copy_text_model(Path(config.vocabulary.text_model), folder.text_model)
+    folder.exit_code.unlink(missing_ok=True)
+    # the watchdogs of this start would take an earlier one's note for their own
+    for hang in folder.hangs.glob("step-????????"):
+        hang.rename(hang.with_name(f"{hang.name}-{hang.stat().st_mtime_ns}"))
+    return parts
+
+
+def _with_fingerprint(parts: Parts) -> Parts:
+    """With the fingerprint of the image tokenizer's weights, where it has any; reads them."""
+    config = parts.config
+    tokenizer = config.vocabulary.image_tokenizer
+    if tokenizer.kind == "pixel":
+        return parts
+    named = tokenizer.model_copy(update={"fingerprint": parts.image_tokenizer.fingerprint})
+    return parts.replaced(vocabulary=config.vocabulary.model_copy(update={"image_tokenizer": named}))
+
+
+def _adopted(config: RunConfig, folder: RunFolder) -> DataConfig:
+    """Check ``config`` against the folder's and take over what was resolved when the run began."""
+    before = load_config(str(folder.config_file))
+    old, new = _flatten(before.model_dump()), _flatten(config.model_dump())
+    differences = [
+        (name, old.get(name), new.get(name))
+        for name in old | new
+        if old.get(name) != new.get(name) and not name.startswith("data.mixture.")
+    ]
+    fixed = [d for d in differences if any(d[0] == name or d[0].startswith(name + ".") for name in FIXED)]
+    if fixed and complete_checkpoints(folder.checkpoints):
+        lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, old, new in fixed)
+        raise ConfigError(
+            f"{folder.path} holds a run with other settings, and cannot go on with these:\n{lines}\n"
+            "  do:    give another run_dir, or remove the folder"
+        )
+    for name, old, new in differences:
+        log.warning("going on with a changed setting: %s: %r -> %r", name, old, new)
+    # what was found out about other sources is worth nothing
+    if fixed or any(name == "data.sources" for name, _, _ in differences):
+        return config.data
+    return config.data.model_copy(update={"mixture": before.data.mixture})
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted path → value. The sources stay one value: their order counts."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and prefix + name != "data.sources":
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value.items()) if isinstance(value, dict) else value
+    return flat
+
+
+def _file_handler(path: Path) -> logging.Handler:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler

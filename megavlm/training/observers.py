@@ -1,0 +1,64 @@
+"""What may watch training without the trainer knowing it: instruments, drawings, validation.
+
+An observer is handed to the `Trainer` and called by all ranks together. It must not change what is trained, and calls the same collectives on
+every rank.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from megavlm.data.pack.pack import Pack
+
+if TYPE_CHECKING:
+    from megavlm.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class StepView:
+    """A step that is about to be taken."""
+
+    number: int
+    """Counted from 0."""
+    packs: list[Pack]
+    """Of this rank, on the host."""
+    factor_G: torch.Tensor
+    """What each of the sums that the backbone gives is multiplied by."""
+    labels_t: np.ndarray
+    """Labelled tokens of each task in the step, over all ranks."""
+    before_pack: Callable[[Pack], None]
+    """Called before each forward pass of the step."""
+
+
+class Observer:
+    """Does nothing; a subclass overrides what it needs."""
+
+    name = "observer"
+    """What the watchdog says while it works."""
+
+    def attach(self, trainer: "Trainer") -> None:
+        """Called once, when the trainer is complete; keep what is needed of it."""
+
+    def before_step(self, step: StepView) -> None:
+        """Called before the first forward pass of a step."""
+
+    def around_pack(self, step: int, number: int, pack: Pack) -> AbstractContextManager:
+        """A context around the forward pass of each pack.
+
+        Args:
+            step: Counted from 0.
+            number: Of the pack among this rank's in the step.
+            pack: On the host.
+        """
+        return nullcontext()
+
+    def after_step(self, num_steps: int) -> None:
+        """Called after every step.
+
+        Args:
+            num_steps: Steps taken.
+        """

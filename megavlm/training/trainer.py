@@ -1,0 +1,364 @@
+"""The training loop: fetch the step's packs, normalise, forward and backward per pack, step, report.
+
+The loss of a step is ``sum over tasks of weight * (sum of cross-entropy / number of labelled tokens)``, both sums
+over all packs of the step on all ranks, plus the auxiliary loss of learned gates per image token. The numbers are
+known from the packs before the first forward pass, so the gradient does not depend on how packs are split over ranks
+and micro-batches (P8).
+
+Before every micro-batch the ranks agree whether to go on (`megavlm.engine.agreement`). A step that is given up
+half-way has changed nothing: the checkpoint written then is that of the step before.
+"""
+
+import gc
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.utils.tensorboard import SummaryWriter
+
+from megavlm.data.pack.lane import COUNTS
+from megavlm.data.pack.loader import Loader, lanes_of
+from megavlm.data.pack.pack import Pack
+from megavlm.data.pack.sources import State, adapt_state
+from megavlm.data.read.sample import TASKS
+from megavlm.engine.agreement import Wishes
+from megavlm.engine.checkpoint import Checkpointer
+from megavlm.engine.guard import Guard
+from megavlm.engine.schedule import learning_rate
+from megavlm.engine.signals import REASONS, Wish, end_time_of_job
+from megavlm.engine.watchdog import Watchdog
+from megavlm.engine.zero import forget_gradients, gradient_norm, start_engine
+from megavlm.monitor.metrics import Meters
+from megavlm.monitor.stragglers import Stragglers
+from megavlm.parts.parts import Parts
+from megavlm.parts.resolve import keep
+from megavlm.randomness import Purpose, integer_seed
+from megavlm.runs.exits import Exit, RunEnded
+from megavlm.runs.folder import RunFolder
+from megavlm.runs.status import write_status
+from megavlm.system.world import World, set_timeout
+from megavlm.training.forensics import chain, describe_packs, write_report
+from megavlm.training.initial import load_initial_weights
+from megavlm.training.observers import Observer, StepView
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """A run; ``run`` trains to the end.
+
+    Called by all ranks together. Goes on from the newest intact checkpoint in the run folder, if there is one.
+
+    Args:
+        parts: Of the resolved configuration.
+        world: The processes.
+        observers: What watches.
+    """
+
+    def __init__(self, parts: Parts, world: World, observers: Sequence[Observer] = ()):
+        config = parts.config
+        self.parts = parts
+        self.world = world
+        self.observers = observers
+        self.folder = RunFolder(config.run_dir)
+        self.lanes = lanes_of(world.rank, world.size, config.data.num_lanes)
+        self.watchdog = Watchdog(self.folder.hangs, world.rank, world.size, config.faults)
+        self.checkpointer = Checkpointer(self.folder.checkpoints, world, config.checkpoint)
+        self.guard = Guard(config.faults, world.device)
+        self.engine = self._build_engine()
+        self.meters = Meters(world, list(config.data.sources), parts.plan.bounds)
+        self.stragglers = Stragglers(world, self.folder.stragglers)
+        weights = [config.loss.task_weights.get(task, 1.0) for task in TASKS]
+        self.loss_weights = torch.tensor([*weights, config.loss.gate_weight], device=world.device)
+        self.step = 0
+        self.states: dict[int, State] = {}
+        self.digests = dict.fromkeys(self.lanes, "")
+        self.learning_rate = 0.0
+        self._reported: dict[str, float] = {}
+        self._restore()
+        if world.is_main:
+            keep(config, self.folder)
+        data = config.data
+        pin_memory = world.device.type == "cuda"
+        self.loader = Loader(parts.make_lane, self.lanes, self.states, data.num_workers, data.prefetch_packs, pin_memory)
+        self.writer = SummaryWriter(str(self.folder.tensorboard), purge_step=self.step + 1) if world.is_main else None
+        self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job())
+        for observer in observers:
+            observer.attach(self)
+
+    def _build_engine(self):
+        """The model with its first weights, under DeepSpeed."""
+        config = self.parts.config
+        # the same weights on every rank: DeepSpeed keeps rank 0's, but a frozen seed costs nothing
+        torch.manual_seed(config.seed)
+        causal_lm = self.parts.make_causal_lm()
+        if config.init_from and not any(self.world.gather(list(self.folder.checkpoints.glob("step-*")))):
+            load_initial_weights(config.init_from, causal_lm, self.parts.vocabulary)
+        return start_engine(
+            self.parts.make_backbone(causal_lm),
+            self.world,
+            self.guard,
+            optimizer=config.optimizer,
+            engine=config.engine,
+            bfloat16=config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and self.world.device.type == "cuda"),
+            packs_per_rank=len(self.lanes),
+        )
+
+    def _restore(self) -> None:
+        """Go on from the newest intact checkpoint, if there is one."""
+        config, state = self.parts.config, self.checkpointer.restore_newest(self.engine)
+        if state is None:
+            return
+        # the lanes do the same, but in workers, and too late to leave config.yaml as it was
+        adapt_state(state["lanes"]["0"], self.parts.sources, config.data.when_sources_change)
+        self.step = state["step"]
+        self.states = {lane: state["lanes"][str(lane)] for lane in self.lanes}
+        self.guard.load_state(state["guard"])
+        self.meters.load_state([rank["meters"] for rank in state["ranks"]], state["totals"])
+        digests = {lane: digest for rank in state["ranks"] for lane, digest in rank["digests"].items()}
+        self.digests = {lane: digests[str(lane)] for lane in self.lanes}
+        log.info("resuming after step %d from %s", self.step, self.folder.checkpoints)
+
+    def run(self) -> None:
+        """Train until the last step.
+
+        Raises:
+            RunEnded: If the run is to end before, with the state saved.
+        """
+        config, world = self.parts.config, self.world
+        num_steps = config.optimizer.num_steps
+        if world.is_main:
+            log.info(self._description())
+        self._write_status("running")
+        begin, first = time.perf_counter(), self.step
+        # collected at the same steps on all ranks: one that pauses alone holds up all others
+        gc.disable()
+        for step in range(self.step, num_steps):
+            self.watchdog.begin_step(step)
+            norm = self.train_step(step)
+            if norm is None:
+                self._save_and_end()
+            self.step = step + 1
+            self.watchdog.enter("report")
+            self._handle_skipped(self.guard.settle(keep=0 if self.step == num_steps else 1))
+            if self.step % config.monitor.log_every_steps == 0 or self.step == num_steps:
+                self._report(step, float(norm))
+            for observer in self.observers:
+                self.watchdog.enter(observer.name)
+                observer.after_step(self.step)
+            self.watchdog.enter("save")
+            wish = self.wishes.agree(step_ends=True)
+            if self.step % config.checkpoint.every_steps == 0 or self.step == num_steps or wish == Wish.SAVE:
+                self.save()
+            self.checkpointer.finished()
+            if self.step % config.engine.gc_every_steps == 0:
+                gc.collect()
+            if step == first:
+                gc.freeze()
+                set_timeout(config.engine.step_timeout_s)
+            self.watchdog.end_step()
+        self._finish()
+        log.info("done: %d steps, %.0f s in this session", num_steps, time.perf_counter() - begin)
+
+    def train_step(self, step: int) -> torch.Tensor | None:
+        """One optimizer step on the next packs of this rank's lanes.
+
+        Returns:
+            The gradient norm before clipping, on the device; None if the ranks agreed to stop before the step was complete.
+        """
+        config, engine = self.parts.config, self.engine
+        begin = time.perf_counter()
+        packs, states = next(self.loader)
+        data_wait_s = time.perf_counter() - begin
+        self.watchdog.enter("wait for the ranks' data")
+        totals = self._loss_totals(packs)
+        factor_G = self._loss_factors(totals)
+        lr = learning_rate(step, config.optimizer)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.learning_rate = lr
+        view = StepView(step, packs, factor_G, totals[: len(TASKS)].cpu().numpy(), self._seed_modules)
+        for observer in self.observers:
+            self.watchdog.enter(observer.name)
+            observer.before_step(view)
+        step_loss = torch.zeros((), device=self.world.device)
+        losses, begin_cpu_s = [], time.thread_time()
+        for number, pack in enumerate(packs):
+            if self.wishes.agree(step_ends=False) > Wish.SAVE:
+                return None
+            self._seed_modules(pack)
+            self.watchdog.enter("forward")
+            with ExitStack() as watching:
+                for observer in self.observers:
+                    watching.enter_context(observer.around_pack(step, number, pack))
+                loss_sums_G = engine(pack.to(self.world.device))
+            losses.append(loss_sums_G[:-1].detach())
+            loss = (loss_sums_G * factor_G).sum()
+            step_loss += loss.detach()
+            self.watchdog.enter("backward")
+            engine.backward(loss, scale_wrt_gas=False)
+            if number == len(packs) - 1:
+                self.watchdog.enter("optimizer")
+                distributed.all_reduce(step_loss)
+                if step == self.parts.plan.schedule.first_dense_step:
+                    # layers that have seen a few tokens now see all of them: the loss jumps, and that is no spike
+                    self.guard.begin_anew()
+                self.guard.expect(step_loss / self.world.size, partial(gradient_norm, engine))
+            engine.step()
+        forget_gradients(engine)
+        self.guard.end_step(step, (lr, describe_packs(packs, self.states)))
+        self.states = states
+        # counted now that the step is complete
+        self.meters.add_step(data_wait_s)
+        for pack, loss_sums_G in zip(packs, losses):
+            self.meters.add_pack(pack, loss_sums_G)
+            self.digests[pack.lane] = chain(self.digests[pack.lane], pack)
+        flops = float(sum(pack.flops.sum() for pack in packs))
+        self.stragglers.add_step(flops, data_wait_s, time.thread_time() - begin_cpu_s)
+        return gradient_norm(engine)
+
+    def save(self) -> None:
+        """Begin a checkpoint of the current state."""
+        self._handle_skipped(self.guard.settle(keep=0))
+        shared = {"guard": self.guard.state(), "totals": dict(self.meters.totals)}
+        of_rank = {"meters": self.meters.state(), "digests": {str(lane): d for lane, d in self.digests.items()}}
+        stall_s = self.checkpointer.save(
+            self.step, self.engine, self.states, shared, metrics=self._reported, of_rank=of_rank
+        )
+        if self.writer:
+            self.writer.add_scalar("checkpoint/stall_s", stall_s, self.step)
+
+    def _save_and_end(self) -> None:
+        """Save what there is and leave: the last word of a run that was told to stop."""
+        wish = self.wishes.agree(step_ends=False)
+        left = "" if self.wishes.left_s is None else f", {self.wishes.left_s:.0f} s are left"
+        log.info(
+            "%s: saving step %d, which takes about %.0f s%s", REASONS[wish], self.step, self.checkpointer.expected_s, left
+        )
+        self.watchdog.enter("last save")
+        if self.step:
+            self.save()
+        code = Exit.INTERRUPTED if wish == Wish.INTERRUPT else Exit.STOPPED
+        self._write_status("saving")
+        saved = self.checkpointer.close()
+        self._close()
+        if saved and saved.error and code == Exit.STOPPED:  # who interrupts starts again, from the newest complete one
+            raise OSError(f"the last checkpoint could not be written: {saved.error}")
+        raise RunEnded(code, f"{REASONS[wish]}: ended after step {self.step} of {self.parts.config.optimizer.num_steps}")
+
+    def _finish(self) -> None:
+        saved = self.checkpointer.close()
+        if saved and saved.error:
+            raise OSError(f"the last checkpoint could not be written: {saved.error}")
+        self._write_status("done")
+        self._close()
+
+    def _close(self) -> None:
+        gc.enable()
+        self.watchdog.stop()
+        self.loader.close()
+        if self.writer:
+            self.writer.close()
+
+    def _handle_skipped(self, skipped: list) -> None:
+        """Tell, keep the packs' names, and end the run when there are too many in a row. The same on all ranks."""
+        for bad in skipped:
+            lr, packs = bad.context
+            all_packs = [pack for rank in self.world.gather(packs) for pack in rank]
+            if self.world.is_main:
+                path = write_report(self.folder.forensics, bad, all_packs, lr)
+                log.warning(
+                    "step %d was skipped: %s (loss %.4g, gradient norm %.4g); its packs: %s; look at them with"
+                    " `megavlm replay %s --step %d`",
+                    *(bad.step + 1, bad.reason, bad.loss, bad.gradient_norm, path, self.folder.path, bad.step + 1),
+                )
+        limit = self.parts.config.faults.max_skipped_in_a_row
+        if skipped and self.guard.num_skipped_in_a_row >= limit:
+            self.checkpointer.close()
+            self._close()
+            raise RunEnded(
+                Exit.DIVERGED,
+                f"{limit} steps in a row were skipped, the last one is step {skipped[-1].step + 1}\n"
+                "  do:    look at them with `megavlm replay`; lower optimizer.learning_rate or clip harder, and start again:"
+                " the newest checkpoint is taken",
+            )
+
+    def _needed_s(self) -> float:
+        """From now to a complete checkpoint: one under way, one more, the micro-batch being run."""
+        return 2 * self.checkpointer.expected_s + self.watchdog.slowest_step_s + self.parts.config.engine.stop_margin_s
+
+    def _seed_modules(self, pack: Pack) -> None:
+        """Dropout and the like depend on the pack, not on which rank has it."""
+        torch.manual_seed(integer_seed(self.parts.config.seed, Purpose.MODULES, pack.step, pack.lane))
+
+    def _loss_totals(self, packs: list[Pack]) -> torch.Tensor:
+        """Labelled tokens of each task, and image tokens, of the whole step on all ranks: float64 ``[len(TASKS) + 1]``."""
+        return self.world.sum(np.append(sum(p.task_labels for p in packs), sum(p.image_tokens.sum() for p in packs)))
+
+    def _loss_factors(self, totals: torch.Tensor) -> torch.Tensor:
+        """What each of the sums that the backbone gives is multiplied by: float32 ``[num_groups + 1]``."""
+        # DeepSpeed averages gradients over ranks; the loss is normalised over all of them already
+        factor = self.world.size * self.loss_weights / totals.clamp(min=1)
+        per_group = factor[:-1].repeat(len(self.parts.config.data.sources))
+        return torch.cat([per_group, factor[-1:]]).float()
+
+    def _report(self, step: int, gradient_norm: float) -> None:
+        values = self.meters.report()
+        times, remarks = self.stragglers.report()
+        values |= times
+        values["optimizer/learning_rate"] = self.learning_rate
+        values["optimizer/gradient_norm"] = gradient_norm
+        values["faults/skipped_steps"] = self.guard.num_skipped
+        counts = self.world.sum(np.array([sum(state["counts"][name] for state in self.states.values()) for name in COUNTS]))
+        values |= {f"data/{name}": float(count) for name, count in zip(COUNTS, counts)}
+        self._reported = values
+        if not self.world.is_main:
+            return
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step + 1)
+        for remark in remarks:
+            log.info("held up by %s; see %s", remark, self.folder.stragglers)
+        self._write_status("running")
+        losses = {task: values[f"loss/{task}"] for task in TASKS if f"loss/{task}" in values}
+        left_s = values["time/step_s"] * (self.parts.config.optimizer.num_steps - self.step)
+        log.info(
+            "step %d/%d  %s  lr %.1e  norm %.2f  %.0f tokens/s  flops %.0f%%  data wait %.0f%%  left %d:%02d",
+            self.step,
+            self.parts.config.optimizer.num_steps,
+            "  ".join(f"{task} {loss:.4f}" for task, loss in losses.items()),
+            self.learning_rate,
+            gradient_norm,
+            values["throughput/tokens_per_s"],
+            100 * values["routing/flops_share"],
+            100 * values["time/data_wait_share"],
+            *divmod(int(left_s), 60),
+        )
+
+    def _write_status(self, state: str) -> None:
+        if not self.world.is_main:
+            return
+        step_s = self._reported.get("time/step_s", 0.0)
+        write_status(
+            self.folder,
+            state=state,
+            step=self.step,
+            num_steps=self.parts.config.optimizer.num_steps,
+            world_size=self.world.size,
+            step_s=step_s,
+            report_s=step_s * self.parts.config.monitor.log_every_steps,
+            tokens_per_s=self._reported.get("throughput/tokens_per_s", 0.0),
+            skipped=self.guard.num_skipped,
+        )
+
+    def _description(self) -> str:
+        numel = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        return (
+            f"{numel / 1e6:.2f}M parameters, ZeRO-3 on {self.world.size} x {self.world.device.type}, "
+            f"{self.parts.config.data.num_lanes} packs of up to {self.parts.config.data.pack_tokens} tokens per step, "
+            f"{self.parts.plan.num_stages} stages; run folder {self.parts.config.run_dir}"
+        )

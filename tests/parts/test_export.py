@@ -1,0 +1,70 @@
+"""An exported folder gives the same logits in `transformers`, and weights can begin another run."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megavlm.engine.checkpoint import load_weights
+from megavlm.errors import ConfigError
+from megavlm.parts.export import export
+from megavlm.parts.parts import Parts
+from megavlm.runs.checkpoints import find
+from megavlm.training.initial import load_initial_weights
+from tests.conftest import TINY
+from tests.distributed.ranks import run_ranks
+from tests.distributed.work import train
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def run(request, make_config, tmp_path):
+    """A run folder of two steps by 2 ranks, its configuration and weights."""
+    architecture = TINY["model.architecture"] | {"tie_word_embeddings": request.param}
+    config = make_config({"model.architecture": architecture, "checkpoint.every_steps": 2}, tmp_path / "run")
+    return tmp_path / "run", config, run_ranks(2, train, config, 2)[0]["weights"]
+
+
+def test_export_and_init_from(run, make_config, tmp_path):
+    folder, config, trained = run
+    export(folder, tmp_path / "out")
+    vocabulary = Parts(config).vocabulary
+    causal_lm = Parts(config).make_causal_lm()
+    load_weights(find(folder)[-1], torch.nn.ModuleDict({"causal_lm": causal_lm}))
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tokens = torch.arange(1, 200, 3)[None]
+    with torch.no_grad():
+        expected = causal_lm.eval()(tokens).logits
+        assert loaded.eval()(tokens).logits.equal(expected)
+    tied = config.model.architecture["tie_word_embeddings"]
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    described = json.loads((tmp_path / "out" / "vocabulary.json").read_text())
+    assert described["first_code"] == vocabulary.first_code and described["specials"]["<boi>"] == vocabulary.boi
+
+    for source in (folder, find(folder)[-1], tmp_path / "out"):
+        fresh = Parts(config).make_causal_lm()
+        load_initial_weights(str(source), fresh, vocabulary)
+        with torch.no_grad():
+            assert fresh.eval()(tokens).logits.equal(expected)
+    other = make_config(
+        {"model.architecture": config.model.architecture, "init_from": str(folder), "optimizer.learning_rate": 1e-30},
+        tmp_path / "other",
+    )
+    begun = run_ranks(1, train, other, 1)[0]
+    assert begun["first"] == 0 and begun["group_steps"] == {"decay": 1, "no_decay": 1}
+    for name, value in begun["weights"].items():
+        if "/" not in name:  # the moments begin anew
+            torch.testing.assert_close(value, trained[name], rtol=1e-6, atol=1e-7)
+
+
+def test_weights_that_do_not_fit_are_refused(run, make_config, tmp_path):
+    folder, config, _ = run
+    wider = make_config({"model.architecture": TINY["model.architecture"] | {"hidden_size": 48}})
+    export(folder, tmp_path / "out")
+    for source in (folder, tmp_path / "out"):
+        with pytest.raises(ConfigError, match="do not fit this model"):
+            vocabulary = Parts(wider).vocabulary
+            load_initial_weights(str(source), Parts(wider).make_causal_lm(), vocabulary)
+    with pytest.raises(ConfigError, match="holds no weights"):
+        load_initial_weights(str(tmp_path), Parts(config).make_causal_lm(), vocabulary)
