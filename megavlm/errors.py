@@ -26,8 +26,6 @@ class DataError(MegavlmError):
 
     def __str__(self) -> str:
         place = ", ".join(
-            f"{name} {value}"
-            for name, value in (("source", self.source), ("shard", self.shard), ("sample", self.key))
-            if value
+            f"{name} {value}" for name, value in (("source", self.source), ("shard", self.shard), ("sample", self.key)) if value
         )
         return f"{self.what}\n  where: {place}\n  do:    {self.remedy}"

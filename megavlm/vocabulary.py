@@ -33,6 +33,7 @@ class VocabularyConfig(Settings):
     image_tokenizer: ImageTokenizerConfig = PixelTokenizerConfig()
     """How images become codes."""
 
+
 SPECIALS = ("<bos>", "<eos>", "<boi>", "<eoi>", "<unconditional>")
 
 
@@ -140,9 +141,7 @@ class Vocabulary:
         self.text_model, self.text = Path(text_model), load_text_tokenizer(text_model)
         self.num_text = self.text.num_text
         self.codebook_size = codebook_size
-        self.bos, self.eos, self.boi, self.eoi, self.unconditional = (
-            self.num_text + i for i in range(len(SPECIALS))
-        )
+        self.bos, self.eos, self.boi, self.eoi, self.unconditional = (self.num_text + i for i in range(len(SPECIALS)))
         self.first_code = self.num_text + len(SPECIALS)
         self.size = self.first_code + codebook_size
 
@@ -191,6 +190,8 @@ def train_text_model(texts: Iterable[str], path: Path, vocab_size: int) -> None:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ConfigError(f"no text model can be trained on these texts: {error}\n  do:    give more text, or another vocab_size") from error
+        raise ConfigError(
+            f"no text model can be trained on these texts: {error}\n  do:    give more text, or another vocab_size"
+        ) from error
     # a model that is there already stays until there is another
     path.write_bytes(model.getvalue())

@@ -51,9 +51,7 @@ def make_config(digits_folder, tmp_path):
     """``make_config(overrides)``: the quickstart recipe, tiny, on the shards of ``digits_folder``."""
 
     def make(overrides=None, run_dir=tmp_path / "run"):
-        sources = {
-            task: {"shards": f"{digits_folder}/{task}-train-{{00..07}}.tar"} for task in ("understanding", "generation")
-        }
+        sources = {task: {"shards": f"{digits_folder}/{task}-train-{{00..07}}.tar"} for task in ("understanding", "generation")}
         places = {
             "run_dir": str(run_dir),
             "vocabulary.text_model": str(digits_folder / "text.model"),

@@ -26,7 +26,11 @@ def test_all_mistakes_are_reported_at_once_with_path_value_and_nearest_name(make
 
 @pytest.mark.parametrize(
     ("given", "nearest"),
-    [("num_steps", "optimizer.num_steps"), ("model.dtipe", "model.dtype"), ("vocabulary.image_tokenizer.level", "vocabulary.image_tokenizer.levels")],
+    [
+        ("num_steps", "optimizer.num_steps"),
+        ("model.dtipe", "model.dtype"),
+        ("vocabulary.image_tokenizer.level", "vocabulary.image_tokenizer.levels"),
+    ],
 )
 def test_nearest_path(given, nearest):
     assert nearest_path(given) == nearest

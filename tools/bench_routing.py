@@ -234,8 +234,13 @@ def random_ltd_forward(backbone: Backbone, pack, kept_tokens: int):
 
 
 def bench(
-    width: int = 512, num_layers: int = 6, pack_tokens: int = 4096, image_side: int = 31, repeats: int = 5,
-    only: str = "", out: str = "docs/results/bench_routing",
+    width: int = 512,
+    num_layers: int = 6,
+    pack_tokens: int = 4096,
+    image_side: int = 31,
+    repeats: int = 5,
+    only: str = "",
+    out: str = "docs/results/bench_routing",
 ):
     """Measure every policy and the peers.
 
@@ -251,8 +256,13 @@ def bench(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     architecture = {
-        "model_type": "qwen3", "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": num_layers,
-        "num_attention_heads": width // 64, "num_key_value_heads": width // 64, "head_dim": 64,
+        "model_type": "qwen3",
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 64,
+        "head_dim": 64,
     }
     samples, timer = make_samples(pack_tokens, image_side), Timer(device, repeats)
     path = Path(out).with_suffix(".json")
@@ -284,8 +294,12 @@ def bench(
         "command": f"python tools/bench_routing.py --width={width} --num_layers={num_layers} --pack_tokens={pack_tokens}"
         f" --image_side={image_side} --repeats={repeats}",
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-        if device.type == "cpu" else torch.cuda.get_device_name(),
-        "torch": torch.__version__, "dtype": str(dtype), "samples": len(samples), "rows": rows,
+        if device.type == "cpu"
+        else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "dtype": str(dtype),
+        "samples": len(samples),
+        "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1))

@@ -75,7 +75,9 @@ def head_maps(shares: dict[tuple[str, str], Allocation], path: Path) -> Path:
 def drop_curves(candidates: Sequence[Candidate], dense_flops: float, num_layers: int, path: Path, chosen: Any = None) -> Path:
     """The rise of each task's loss when its images leave at a layer; and every candidate's rise against what it saves."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for t, (task, kind, words) in enumerate((("understanding", LateDrop, "read, leave for good"), ("generation", Away, "drawn, away until the last layer"))):
+    for t, (task, kind, words) in enumerate(
+        (("understanding", LateDrop, "read, leave for good"), ("generation", Away, "drawn, away until the last layer"))
+    ):
         of_task = [c for c in candidates if c.task == task]
         curve = [c for c in of_task if isinstance(c.policy, kind)]
         left.plot([c.layer for c in curve], [c.rise_t[t] for c in curve], "o-", color=SIDES[task], label=f"{task}: {words}")
@@ -125,7 +127,12 @@ def gradient_maps(entries: Sequence[dict[str, Any]], pair: str, path: Path) -> P
     steps, colours = [entry["step"] for entry in entries], iter(pyplot.get_cmap("tab10").colors)
     for name in [*PARTS, *(name for name in blocks if not name.startswith("layer_"))]:
         members = [f"layer_{layer:02d}/{name}" for layer in range(num_layers)] if name in PARTS else [name]
-        style = {"marker": "o", "markersize": 3, "label": "whole model" if name == "all" else name.replace("_", " "), "linestyle": "-" if name in PARTS else "--"}
+        style = {
+            "marker": "o",
+            "markersize": 3,
+            "label": "whole model" if name == "all" else name.replace("_", " "),
+            "linestyle": "-" if name in PARTS else "--",
+        }
         style |= {"color": "black", "linewidth": 2.5, "linestyle": "-"} if name == "all" else {"color": next(colours)}
         here = [[entry["gradients"][pair][member] for member in members] for entry in entries]
         cosines.plot(steps, [np.mean([b["cosine"] for b in some if np.isfinite(b["cosine"])] or [np.nan]) for some in here], **style)

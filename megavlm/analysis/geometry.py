@@ -36,7 +36,11 @@ def geometry_of_run(subject: Subject, num_images: int) -> list[dict[str, Any]]:
     for path in complete_checkpoints(subject.model.folder.checkpoints):
         load_weights(path, subject.model.backbone)
         pairs = alone(subject.model.backbone, packs, factors)
-        cka = similarity_by_layer(subject.model.backbone, subject.model.encoder, drawn, subject.model.costing, subject.model.device) if comparable else None
+        cka = (
+            similarity_by_layer(subject.model.backbone, subject.model.encoder, drawn, subject.model.costing, subject.model.device)
+            if comparable
+            else None
+        )
         gradients = {pair: {block: asdict(a) for block, a in blocks.items()} for pair, blocks in pairs.items()}
         found.append({"step": step_of(path), "gradients": gradients, "cka": cka})
         log.info("%s: %s", path.name, _in_short(found[-1]))

@@ -28,7 +28,9 @@ from megavlm.runs.manifest import step_of
 @torch.no_grad()
 def analyze_attention(subject: Subject, num_rows: int) -> tuple[Table, list[Path]]:
     """Watch the subject's packs; a summary, and the files written."""
-    watch = AttentionWatch(subject.model.costing.shape, subject.model.encoder.vocabulary, subject.config.seed, num_rows, num_sequences=10**6)
+    watch = AttentionWatch(
+        subject.model.costing.shape, subject.model.encoder.vocabulary, subject.config.seed, num_rows, num_sequences=10**6
+    )
     for pack in track(subject.packs(), "watching", transient=True):
         with watch.on(subject.model.backbone, pack):
             subject.model.backbone(pack.to(subject.model.device))
@@ -88,7 +90,9 @@ def analyze_geometry(subject: Subject, num_images: int) -> tuple[Table, list[Pat
     if entries[-1]["cka"]:
         written.append(figures.similarity_map(entries, folder / "similarity.png"))
     _to_tensorboard(subject, written[1:])
-    table = Table("step", *(f"cosine, {pair.replace('_', ' and ')}" for pair in entries[-1]["gradients"]), "CKA after the last layer", box=box.SIMPLE)
+    table = Table(
+        "step", *(f"cosine, {pair.replace('_', ' and ')}" for pair in entries[-1]["gradients"]), "CKA after the last layer", box=box.SIMPLE
+    )
     for entry in entries:
         cosines = [f"{blocks['all']['cosine']:+.3f}" for blocks in entry["gradients"].values()]
         table.add_row(str(entry["step"]), *cosines, f"{entry['cka'][-1]:.3f}" if entry["cka"] else "")

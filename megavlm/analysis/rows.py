@@ -62,9 +62,7 @@ class StageRows:
         return StageRows(self.layers, self.kinds_U.to(device, non_blocking=True), sequences, self.counts_C2)
 
 
-def sample_rows(
-    pack: Pack, vocabulary: Vocabulary, num_rows: int, num_sequences: int, rng: np.random.Generator
-) -> list[StageRows]:
+def sample_rows(pack: Pack, vocabulary: Vocabulary, num_rows: int, num_sequences: int, rng: np.random.Generator) -> list[StageRows]:
     """Draw the rows to look at, for every stage of a pack.
 
     Args:

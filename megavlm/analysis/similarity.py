@@ -37,9 +37,7 @@ def linear_cka(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
     return float(np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
 
 
-def similarity_by_layer(
-    backbone: Backbone, encoder: Encoder, drawn: Sequence[EncodedSample], costing: Costing, device
-) -> list[float]:
+def similarity_by_layer(backbone: Backbone, encoder: Encoder, drawn: Sequence[EncodedSample], costing: Costing, device) -> list[float]:
     """CKA after the embedding (1 by construction) and after each layer ``[num_layers + 1]``.
 
     Args:

@@ -170,7 +170,13 @@ def prompt(shapes: Scene, rng: np.random.Generator) -> Prompt:
     with_size = bool(rng.integers(2))
     wanted = tuple((shape.size if with_size else "", shape.color, shape.form) for shape in shapes)
     names = [f"a {' '.join(part for part in shape if part)}" for shape in wanted]
-    holding = [(i, r, j) for r in RELATIONS for i in range(len(shapes)) for j in range(len(shapes)) if i != j and RELATIONS[r](shapes[i], shapes[j])]
+    holding = [
+        (i, r, j)
+        for r in RELATIONS
+        for i in range(len(shapes))
+        for j in range(len(shapes))
+        if i != j and RELATIONS[r](shapes[i], shapes[j])
+    ]
     if holding and rng.integers(3):
         i, relation, j = holding[int(rng.integers(len(holding)))]
         others = [name for n, name in enumerate(names) if n not in (i, j)]

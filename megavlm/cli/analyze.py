@@ -65,7 +65,9 @@ class AnalyzeCommands:
 
         ratios = keep_ratios if isinstance(keep_ratios, (list, tuple)) else (keep_ratios,)
         if not all(isinstance(ratio, (int, float)) and 0 < ratio <= 1 for ratio in ratios):
-            raise ConfigError(f"keep_ratios: {keep_ratios!r} are not shares\n  do:    give numbers above 0 and up to 1: --keep_ratios=0.25,0.5")
+            raise ConfigError(
+                f"keep_ratios: {keep_ratios!r} are not shares\n  do:    give numbers above 0 and up to 1: --keep_ratios=0.25,0.5"
+            )
         subject = Subject(str(run), shards, num_packs, overrides)
         table, chosen, written = analyze_drops(subject, ratios, None if flops_share is None else float(flops_share), bool(shared))
         _show(table, written)

@@ -150,7 +150,15 @@ class JudgeCommands:
         _show(judge.draw(read_requests(judge.bad.file, judge.bad), num, score))
 
     def fid(
-        self, run: str, prompts: str, real: str, features: str, num: Positive = 1, batch_size: Positive = 64, max_bad: NotNegative = 100, **overrides
+        self,
+        run: str,
+        prompts: str,
+        real: str,
+        features: str,
+        num: Positive = 1,
+        batch_size: Positive = 64,
+        max_bad: NotNegative = 100,
+        **overrides,
     ):
         """Distance of drawings from real images: FID with features of yours.
 

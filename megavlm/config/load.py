@@ -94,5 +94,3 @@ def _override(tree: dict, dotted: str, value: Any) -> None:
             child = tree[name] = {}
         tree = child
     tree[leaf] = value
-
-

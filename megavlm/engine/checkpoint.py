@@ -255,9 +255,7 @@ class Checkpointer:
 
     def _describe(self, temporary: Path) -> dict[str, dict]:
         mine = sorted(p for p in temporary.rglob("*") if p.is_file())[self.world.rank :: self.world.size]
-        return {
-            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in mine
-        }
+        return {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in mine}
 
     def _complete(self, temporary: Path, final: Path, step: int, files: dict, metrics: dict, begin: float) -> None:
         """Rank 0's last act: manifest, rename, retention."""

@@ -1,7 +1,7 @@
 """Signals and the clock, noted as wishes; `megavlm.engine.agreement` turns them into one decision of all ranks.
 
-    SIGUSR1, or the job's time limit draws near   save and end with `Exit.INTERRUPTED`: to be continued
-    SIGTERM                                       save and end with `Exit.STOPPED`
+SIGUSR1, or the job's time limit draws near   save and end with `Exit.INTERRUPTED`: to be continued
+SIGTERM                                       save and end with `Exit.STOPPED`
 """
 
 import os

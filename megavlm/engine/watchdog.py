@@ -80,7 +80,9 @@ class Watchdog:
     def end_step(self) -> None:
         """The step is over: it counts for the budget of the next ones."""
         self._durations_s.append(time.monotonic() - self._step_begin_s)
-        self._budget_s = min(self.config.step_budget_s, max(self.least_budget_s, self.config.steady_step_budget_factor * max(self._durations_s)))
+        self._budget_s = min(
+            self.config.step_budget_s, max(self.least_budget_s, self.config.steady_step_budget_factor * max(self._durations_s))
+        )
 
     @property
     def slowest_step_s(self) -> float:

@@ -91,8 +91,7 @@ def group_steps(engine) -> dict[str, int]:
     create_missing_optimizer_state(engine)
     zero = engine.optimizer
     return {
-        _group_name(zero, number): int(zero.optimizer.state[flat]["step"])
-        for number, flat in enumerate(zero.fp32_partitioned_groups_flat)
+        _group_name(zero, number): int(zero.optimizer.state[flat]["step"]) for number, flat in enumerate(zero.fp32_partitioned_groups_flat)
     }
 
 

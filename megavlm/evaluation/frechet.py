@@ -3,9 +3,7 @@
 import numpy as np
 
 
-def frechet_distance(
-    first_mean_D: np.ndarray, first_cov_DD: np.ndarray, second_mean_D: np.ndarray, second_cov_DD: np.ndarray
-) -> float:
+def frechet_distance(first_mean_D: np.ndarray, first_cov_DD: np.ndarray, second_mean_D: np.ndarray, second_cov_DD: np.ndarray) -> float:
     """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), squared feature units.
 
     The eigenvalues of C1 C2 are those of the symmetric R C2 R with R = C1^½, which rounding cannot make complex.

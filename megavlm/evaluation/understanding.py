@@ -67,4 +67,3 @@ def written_right(backbone: Backbone, samples: Sequence[Sample], encoder: Encode
 def _with_answer(sample: Sample, text: str) -> Sample:
     segments = tuple(s.model_copy(update={"text": text}) if s.loss else s for s in sample.segments)
     return replace(sample, segments=segments)
-

@@ -44,6 +44,7 @@ class CompressedTokenizerConfig(Settings):
     fingerprint: str | None = None
     """Filled in at the start of a run: of the plug-in and the tokenizer inside. A run does not go on with others."""
 
+
 SETTINGS_FILE, WEIGHTS_FILE = "plug_in.json", "plug_in.safetensors"
 BATCH_IMAGES = 256
 
@@ -192,5 +193,3 @@ class CompressedTokenizer:
     def _batches(self, array: np.ndarray):
         for begin in range(0, len(array), BATCH_IMAGES):
             yield torch.from_numpy(np.asarray(array[begin : begin + BATCH_IMAGES], np.int64)).to(self.device)
-
-

@@ -48,6 +48,7 @@ class VQTokenizerConfig(Settings):
     fingerprint: str | None = None
     """Filled in at the start of a run: the SHA-256 of the VQ model. A run does not go on with another one."""
 
+
 BATCH_PIXELS = 1 << 21
 """Pixels that go through the model at a time (bounds its memory)."""
 STRUCTURE = ("resolution", "attn_type", "attn_resolutions", "temporal_downsample_factor", "num_attention_heads")
@@ -73,9 +74,7 @@ class VQTokenizer(DenseCodes):
         ConfigError: If the folder is missing, or is not one of a VQ model.
     """
 
-    def __init__(
-        self, path: str | Path, height: int, width: int, device: str | torch.device = "cpu", expected: str | None = None
-    ):
+    def __init__(self, path: str | Path, height: int, width: int, device: str | torch.device = "cpu", expected: str | None = None):
         self.path = Path(path)
         self.height = height
         self.width = width

@@ -130,7 +130,9 @@ def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None =
     try:
         script.write_text(SbatchTemplate(source.read_text()).substitute(values))
     except KeyError as error:
-        raise ConfigError(f"{source} has @{{{error.args[0]}}}, which nothing fills in\n  do:    use one of {', '.join(sorted(values))}") from error
+        raise ConfigError(
+            f"{source} has @{{{error.args[0]}}}, which nothing fills in\n  do:    use one of {', '.join(sorted(values))}"
+        ) from error
     recipe_file = run / "slurm" / "recipe.yaml"
     if dry_run:
         alone = "" if study or job.nodes > 1 else f"\nwithout SLURM, on one node:  {job.torchrun(recipe_file)}"
@@ -168,7 +170,9 @@ def read_study(recipe: str, overrides: dict[str, Any], file: Path, job: Job) -> 
     if wrong := [name for name in names if names.count(name) > 1 or name in ("", ".", "..", "slurm") or "/" in name]:
         raise ConfigError(f"{file}: {wrong[0]!r} is no name for one run alone\n  do:    give each run a name of its own, without slashes")
     base = Path(load_config(recipe, overrides).run_dir)
-    changes = [{key: value for key, value in run.items() if key != "name"} | {"run_dir": str(base / name)} for run, name in zip(runs, names)]
+    changes = [
+        {key: value for key, value in run.items() if key != "name"} | {"run_dir": str(base / name)} for run, name in zip(runs, names)
+    ]
     return [_checked(load_config(recipe, overrides | changed), job) for changed in changes]
 
 

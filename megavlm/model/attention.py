@@ -87,8 +87,7 @@ def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, scale: float) -> to
     # split, not slices: its backward is one concatenation
     parts = (x.transpose(0, 1).split(sequences.lengths, dim=1) for x in (q_THd, k_THd, v_THd))
     outputs = [
-        functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0]
-        for q, k, v in zip(*parts)
+        functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0] for q, k, v in zip(*parts)
     ]
     return torch.cat(outputs, dim=1).transpose(0, 1)
 

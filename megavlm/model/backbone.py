@@ -84,8 +84,7 @@ def make_causal_lm(architecture: dict[str, Any], vocabulary_size: int) -> PreTra
     unknown = [name for name in fields if name not in type(config)().to_dict()]
     if unknown:
         raise ConfigError(
-            f"model.architecture: {model_type} has no {', '.join(unknown)}\n"
-            f"  do:    use the fields of {type(config).__name__}"
+            f"model.architecture: {model_type} has no {', '.join(unknown)}\n  do:    use the fields of {type(config).__name__}"
         )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
@@ -139,9 +138,7 @@ class Backbone(nn.Module):
             return work(self)
         h_TD, gate_loss = self.hidden_states(work, self.observe)
         h_MD = self.causal_lm.model.norm(h_TD.index_select(0, work.rows_M))
-        sums_G = chunked_loss(
-            self.causal_lm.lm_head, h_MD, work.targets_M, work.groups_M, self.num_groups, self.num_chunks
-        )
+        sums_G = chunked_loss(self.causal_lm.lm_head, h_MD, work.targets_M, work.groups_M, self.num_groups, self.num_chunks)
         return torch.cat([sums_G, gate_loss[None]])
 
     def hidden_states(self, pack: Pack, observe: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,8 +183,7 @@ class Backbone(nn.Module):
     def _guests(self, stage: Stage, layer: int, active: torch.Tensor | None, embedding_TD: torch.Tensor) -> Guests:
         """Keys and values of a layer for rows that do not travel."""
         parts = [
-            self.injectors[f"{injection.task}_{layer}"](embedding_TD.index_select(0, injection.rows_R))
-            for injection in stage.injections
+            self.injectors[f"{injection.task}_{layer}"](embedding_TD.index_select(0, injection.rows_R)) for injection in stage.injections
         ]
         k_RHd, v_RHd = (torch.cat(part) for part in zip(*parts))
         rows_R = torch.cat([injection.rows_R for injection in stage.injections])

@@ -97,9 +97,7 @@ class Decoder:
             x_KD, rotary = h_BD[chosen_K], (cos_B[None, chosen_K], sin_B[None, chosen_K])
             for layer in range(stage.first_layer, stage.end_layer):
                 context = self.caches[layer].for_sequences(chosen_K)
-                x_KD = model.layers[layer](
-                    x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, context=context
-                )[0]
+                x_KD = model.layers[layer](x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, context=context)[0]
             gate_K1 = gate_B[chosen_K, None].to(h_BD.dtype)
             h_BD = h_BD.index_copy(0, chosen_K, h_BD[chosen_K] + gate_K1 * (x_KD - h_BD[chosen_K]))
         return self._logits(backbone, h_BD)
@@ -194,9 +192,7 @@ class CacheView:
         is_there_KL = torch.arange(longest, device=chosen.device) < lengths_K[:, None]
         bias_KL = cache.bias_BL[chosen, :longest].masked_fill(~is_there_KL, -torch.inf)
         groups = q_KHd.shape[1] // k_KHd.shape[1]
-        k_KHLd, v_KHLd = (
-            x[chosen, :longest].transpose(1, 2).repeat_interleave(groups, dim=1) for x in (cache.k_BLHd, cache.v_BLHd)
-        )
+        k_KHLd, v_KHLd = (x[chosen, :longest].transpose(1, 2).repeat_interleave(groups, dim=1) for x in (cache.k_BLHd, cache.v_BLHd))
         out = functional.scaled_dot_product_attention(
             q_KHd[:, :, None], k_KHLd, v_KHLd, attn_mask=bias_KL[:, None, None].to(q_KHd.dtype), scale=scale
         )

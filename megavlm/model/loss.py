@@ -54,9 +54,7 @@ def chunked_loss(
     """
     rows = math.ceil(len(h_MD) / num_chunks)
     losses = [
-        checkpoint(
-            _cross_entropy, head, h_MD[i * rows : (i + 1) * rows], targets_M[i * rows : (i + 1) * rows], use_reentrant=False
-        )
+        checkpoint(_cross_entropy, head, h_MD[i * rows : (i + 1) * rows], targets_M[i * rows : (i + 1) * rows], use_reentrant=False)
         for i in range(num_chunks)
     ]
     return h_MD.new_zeros(num_groups, dtype=torch.float32).index_add(0, groups_M, torch.cat(losses))

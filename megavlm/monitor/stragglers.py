@@ -119,9 +119,7 @@ def judge(ranks: list[RankTimes], seconds: float) -> tuple[list[str], list[str]]
             reasons.append("slow hardware")
         verdict = ", ".join(reasons)
         shown = f"{compute[number]:8.2f}" if rank.compute_s else f"{'-':>8}"
-        table.append(
-            f"{number:>5} {rank.host:<20} {planned[number]:8.3f} {waits[number]:7.1%} {shown} {probe[number]:7.2f}  {verdict}"
-        )
+        table.append(f"{number:>5} {rank.host:<20} {planned[number]:8.3f} {waits[number]:7.1%} {shown} {probe[number]:7.2f}  {verdict}")
         if reasons:
             remarks.append(f"rank {number} on {rank.host}: {verdict}")
     return table, remarks

@@ -130,5 +130,3 @@ class _RouteBuilder:
 
 def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
-
-

@@ -8,9 +8,7 @@ from megavlm.routing.route import Choice
 from megavlm.routing.selectors import Candidates, sort_by_span
 
 
-def open_gates(
-    gate: nn.Linear, h_TD: torch.Tensor, among: Candidates, choice: Choice
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def open_gates(gate: nn.Linear, h_TD: torch.Tensor, among: Candidates, choice: Choice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Let a learned gate choose ``choice.kept`` tokens of every span, each by itself and those before it alone.
 
     Args:

@@ -86,9 +86,7 @@ class Router:
         among = self.route.candidates[choice.task]
         key = (choice.task, choice.plan.draw)
         if choice.plan.how == "gate":
-            chosen_C, gate_T, loss = open_gates(
-                self.gates[f"{choice.task}_{stage.first_layer}"], self.h_TD, among, choice
-            )
+            chosen_C, gate_T, loss = open_gates(self.gates[f"{choice.task}_{stage.first_layer}"], self.h_TD, among, choice)
             self.gate_T = gate_T if self.gate_T is None else self.gate_T * gate_T
             self.gate_loss = self.gate_loss + loss
             return chosen_C
@@ -112,4 +110,3 @@ class Router:
         if choice.plan.nested and alive_T is not None:
             score_C = score_C.masked_fill(~alive_T.index_select(0, among.rows_C), -torch.inf)
         return among.rows_C.index_select(0, sort_by_span(score_C, among.span_C))
-

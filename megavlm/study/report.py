@@ -100,7 +100,9 @@ def statements(summary: dict[str, Any]) -> list[str]:
         elif dense.high < 0:
             lines.append(f"**Dense joint training hurts {task}** ({name}): {dense:+.3g}. There is no synergy to keep here.")
         else:
-            lines.append(f"Whether dense joint training helps {task} ({name}) is open: {dense:+.3g}. Nothing follows about what policies keep of it.")
+            lines.append(
+                f"Whether dense joint training helps {task} ({name}) is open: {dense:+.3g}. Nothing follows about what policies keep of it."
+            )
         for policy, entry in summary["policies"].items():
             if policy != DENSE:
                 lines.append(_statement(policy, entry, task, name))
@@ -186,7 +188,9 @@ def _plot(summary: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(len(tasks), 3, figsize=(13, 3.6 * len(tasks)), layout="constrained", squeeze=False)
     for row, (task, name) in zip(axes, tasks.items()):
         better = policies[DENSE]["tasks"][task][name]["better"]
-        for axis, key, label in zip(row, ("flops_share", "time_share"), ("training FLOPs, share of dense", "training time, share of dense")):
+        for axis, key, label in zip(
+            row, ("flops_share", "time_share"), ("training FLOPs, share of dense", "training time, share of dense")
+        ):
             for policy, entry in policies.items():
                 quality, share = _signed_back(entry["tasks"][task][name]["joint"], better), entry[key]
                 axis.errorbar(

@@ -27,7 +27,9 @@ def is_trained(arm: Arm) -> bool:
 def is_judged(arm: Arm) -> bool:
     """Whether the last step's checkpoint was evaluated."""
     file = RunFolder(arm.folder).evaluation
-    return is_trained(arm) and file.is_file() and step_of(Path(json.loads(file.read_text())["checkpoint"])) >= arm.config.optimizer.num_steps
+    return (
+        is_trained(arm) and file.is_file() and step_of(Path(json.loads(file.read_text())["checkpoint"])) >= arm.config.optimizer.num_steps
+    )
 
 
 def run_arms(arms: list[Arm], parallel: int, processes: int) -> None:
@@ -54,7 +56,9 @@ def run_arms(arms: list[Arm], parallel: int, processes: int) -> None:
             progress.print(f"{running[future].folder.name}: {future.result() or 'done'}")
             failures += [future.result()] if future.result() else []
     if failures:
-        raise MegavlmError(f"{len(failures)} of {len(arms)} arms failed\n  do:    read their study.log, and start the study again: it goes on")
+        raise MegavlmError(
+            f"{len(failures)} of {len(arms)} arms failed\n  do:    read their study.log, and start the study again: it goes on"
+        )
 
 
 def _refuse_other_settings(arms: list[Arm]) -> None:

@@ -24,9 +24,7 @@ def save_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path,
     """
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(1.5 * columns, 1.75 * rows + 0.5), squeeze=False, layout="constrained"
-    )
+    figure, axes = pyplot.subplots(rows, columns, figsize=(1.5 * columns, 1.75 * rows + 0.5), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, caption in zip(axes.flat, images, captions):

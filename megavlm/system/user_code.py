@@ -20,5 +20,3 @@ def import_user_module(name: str) -> ModuleType:
         spec.loader.exec_module(module)
         sys.modules[key] = module
     return sys.modules[key]
-
-

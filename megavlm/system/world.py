@@ -106,9 +106,7 @@ def start(timeout_s: int) -> World:
     else:
         # or DeepSpeed compiles a shared-memory all-reduce for half a minute, at every first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
-    )
+    deepspeed.init_distributed(dist_backend="nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False)
     return World(int(place["RANK"]), int(place["WORLD_SIZE"]), local_rank, device)
 
 

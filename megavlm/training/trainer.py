@@ -227,9 +227,7 @@ class Trainer:
         self._handle_skipped(self.guard.settle(keep=0))
         shared = {"guard": self.guard.state(), "totals": dict(self.meters.totals)}
         of_rank = {"meters": self.meters.state(), "digests": {str(lane): d for lane, d in self.digests.items()}}
-        stall_s = self.checkpointer.save(
-            self.step, self.engine, self.states, shared, metrics=self._reported, of_rank=of_rank
-        )
+        stall_s = self.checkpointer.save(self.step, self.engine, self.states, shared, metrics=self._reported, of_rank=of_rank)
         if self.writer:
             self.writer.add_scalar("checkpoint/stall_s", stall_s, self.step)
 
@@ -237,9 +235,7 @@ class Trainer:
         """Save what there is and leave: the last word of a run that was told to stop."""
         wish = self.wishes.agree(step_ends=False)
         left = "" if self.wishes.left_s is None else f", {self.wishes.left_s:.0f} s are left"
-        log.info(
-            "%s: saving step %d, which takes about %.0f s%s", REASONS[wish], self.step, self.checkpointer.expected_s, left
-        )
+        log.info("%s: saving step %d, which takes about %.0f s%s", REASONS[wish], self.step, self.checkpointer.expected_s, left)
         self.watchdog.enter("last save")
         if self.step:
             self.save()

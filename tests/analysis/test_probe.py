@@ -99,7 +99,9 @@ def test_the_best_of_all_pairs_is_taken(make_probe):
     probe = make_probe()
     candidates = [*probe.curves(), *probe.bypasses((0.5,))]
     read = [(Dense(), 0.0)] + [(c.policy, c.weighted_rise) for c in candidates if c.task == "understanding"]
-    drawn = [(Dense(), 0.0)] + [(c.policy, c.weighted_rise) for c in candidates if c.task == "generation" and not isinstance(c.policy, Away)]
+    drawn = [(Dense(), 0.0)] + [
+        (c.policy, c.weighted_rise) for c in candidates if c.task == "generation" and not isinstance(c.policy, Away)
+    ]
     rises = [a + b for u, a in read for g, b in drawn if probe.flops_share(u, g) <= 0.75]
     assert suggest(probe, candidates, 0.75).weighted_rise == pytest.approx(min(rises))
 

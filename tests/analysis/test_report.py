@@ -66,7 +66,8 @@ def test_pictures_are_in_tensorboard(trained, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["attention", "--shards=/nowhere.tar"], ["geometry", "--num_packs=0"], ["drops", "--flops_share=0.5", "--keep_ratios=0.5,2"]]
+    "arguments",
+    [["attention", "--shards=/nowhere.tar"], ["geometry", "--num_packs=0"], ["drops", "--flops_share=0.5", "--keep_ratios=0.5,2"]],
 )
 def test_mistakes_are_named(trained, monkeypatch, capsys, arguments):
     command, *options = arguments

@@ -48,8 +48,15 @@ def test_real_images_get_full_marks_by_split_and_number_of_shapes(samples):
     assert set(report["by_split"]) == {"seen", "test"} and set(report) == {*report["by_split"]["seen"], "by_split"}
     for found, number in ((report, 2 * NUM), *((split, NUM) for split in report["by_split"].values())):
         assert (found["shapes"], found["relation"], found["accuracy_by_judge"], found["drawings"]) == (1, 1, 1, number)
-        assert set(found["accuracy_by_number_of_shapes"].values()) == {1.0} and set(found["accuracy_by_number_of_shapes"]) == {"1", "2", "3", "4"}
-        assert found["ceiling"]["accuracy_by_judge"] == 1 and found["ceiling"]["frechet_distance"] == pytest.approx(found["frechet_distance"])
+        assert set(found["accuracy_by_number_of_shapes"].values()) == {1.0} and set(found["accuracy_by_number_of_shapes"]) == {
+            "1",
+            "2",
+            "3",
+            "4",
+        }
+        assert found["ceiling"]["accuracy_by_judge"] == 1 and found["ceiling"]["frechet_distance"] == pytest.approx(
+            found["frechet_distance"]
+        )
 
 
 def test_what_is_wrong_lowers_what_it_should(samples):
@@ -60,8 +67,14 @@ def test_what_is_wrong_lowers_what_it_should(samples):
     report = benchmark.judge(only_test)
     assert report["accuracy_by_judge"] == report["shapes"] == 0.5
     whole, report = report["frechet_distance"], report["by_split"]
-    assert report["seen"]["accuracy_by_judge"] == 1 and report["test"]["accuracy_by_judge"] == report["test"]["shapes"] == report["test"]["relation"] == 0
-    assert report["test"]["frechet_distance"] > whole > report["seen"]["frechet_distance"] and report["test"]["ceiling"]["accuracy_by_judge"] == 1
+    assert (
+        report["seen"]["accuracy_by_judge"] == 1
+        and report["test"]["accuracy_by_judge"] == report["test"]["shapes"] == report["test"]["relation"] == 0
+    )
+    assert (
+        report["test"]["frechet_distance"] > whole > report["seen"]["frechet_distance"]
+        and report["test"]["ceiling"]["accuracy_by_judge"] == 1
+    )
     turned = benchmark.judge(images[:, ::-1, ::-1])["by_split"]["seen"]  # relations do not survive, most shapes do
     assert turned["relation"] < 0.2 and turned["shapes"] > turned["relation"]
     grey = ShapesBenchmark(samples, 2 * NUM, PixelTokenizer(17, 32, 32)).judge(images)["by_split"]["seen"]
@@ -74,5 +87,3 @@ def test_both_tasks_are_needed_and_names_are_checked(samples):
     assert find_benchmark("shapes") is ShapesBenchmark and find_benchmark("tests.benchmarks.test_shapes_benchmark:Exact") is Exact
     with pytest.raises(ConfigError, match="use one of digits, shapes, or module:Class"):
         find_benchmark("shape")
-
-

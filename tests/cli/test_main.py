@@ -47,7 +47,9 @@ def test_lint_stats_and_preview(monkeypatch, digits_folder, tmp_path, capsys):
     text = f"--vocabulary.text_model={digits_folder / 'text.model'}"
     megavlm(monkeypatch, "data", "stats", good, "--recipe=digits", text, "--out", tmp_path / "ids.png")
     ids = json.loads(capsys.readouterr().out)["ids"]
-    assert ids["image codes"] == ids["image codes"] | {"tokens": 360 * 64, "ids": 17, "ids_used": 17} and ids["image codes"]["perplexity"] < 17
+    assert (
+        ids["image codes"] == ids["image codes"] | {"tokens": 360 * 64, "ids": 17, "ids_used": 17} and ids["image codes"]["perplexity"] < 17
+    )
     assert ids["special"]["tokens"] == 360 * 4 and ids["special"]["ids_used"] == 4 and ids["special"]["perplexity"] == 4.0
     assert (tmp_path / "ids.png").stat().st_size > (tmp_path / "stats.png").stat().st_size
     megavlm(monkeypatch, "data", "preview", good, "--out", tmp_path / "a.png")
@@ -85,7 +87,9 @@ def test_build_tokenizer_and_index(monkeypatch, tmp_path, capsys):
     megavlm(monkeypatch, "data", "lint", shards, "--format=img2dataset")
     megavlm(monkeypatch, "data", "tokenizer", shards, tmp_path / "t.model", "--vocab_size=300", "--format=img2dataset")
     assert "5 samples, 0 problems" in capsys.readouterr().out and (tmp_path / "t.model").is_file()
-    lines = [{"id": "x", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "red"}]}]
+    lines = [
+        {"id": "x", "image": "0.png", "conversations": [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "red"}]}
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     megavlm(monkeypatch, "data", "build", tmp_path / "a.jsonl", tmp_path / "llava")
     megavlm(monkeypatch, "data", "lint", tmp_path / "llava" / "000000.tar", "--format=llava")

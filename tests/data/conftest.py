@@ -43,9 +43,7 @@ def corpus(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
     for task, num_shards, sizes in (("understanding", 5, (90, 140)), ("generation", 70, (1, 12))):
         for shard in range(num_shards):
-            samples = [
-                (f"{shard}-{i}", pair(task, int(rng.integers(1, 5)))) for i in range(int(rng.integers(*sizes)))
-            ]
+            samples = [(f"{shard}-{i}", pair(task, int(rng.integers(1, 5)))) for i in range(int(rng.integers(*sizes)))]
             write_shard(folder / f"{task}-{shard:02d}.tar", samples)
     return folder
 

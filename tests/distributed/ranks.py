@@ -24,9 +24,7 @@ def run_ranks(world_size: int, function, *args, timeout_s: float = 120) -> list:
     queue = _context.Queue()
     # pickled here and in the ranks: multiprocessing would share tensors through file descriptors, too many of them
     call = pickle.dumps((function, args))
-    processes = [
-        _context.Process(target=_rank, args=(queue, rank, world_size, port, call)) for rank in range(world_size)
-    ]
+    processes = [_context.Process(target=_rank, args=(queue, rank, world_size, port, call)) for rank in range(world_size)]
     for process in processes:
         process.start()
     results, failures, deadline = {}, [], time.monotonic() + timeout_s

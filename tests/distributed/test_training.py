@@ -87,8 +87,7 @@ def test_ranks_with_wildly_different_packs_train_without_a_hang_and_as_one_proce
                 "optimizer.warmup_steps": 0,
             }
             steps = [
-                [_pack(kinds[(lane + shift) % len(kinds)], policy, lane, step) for lane in range(4)]
-                for step, shift in enumerate((0, 3))
+                [_pack(kinds[(lane + shift) % len(kinds)], policy, lane, step) for lane in range(4)] for step, shift in enumerate((0, 3))
             ]
             found[policy] = (config(f"{policy}-{world_size}", overrides), steps)
         return found

@@ -48,7 +48,11 @@ def test_report_by_split_kind_and_number_of_shapes(data, tmp_path):
     found = evaluate(tmp_path / "run")
     assert found == json.loads((tmp_path / "run" / "evaluation.json").read_text())
     # the paths that a study reads, as for digits
-    numbers = (found["understanding"]["accuracy_by_scoring"], found["generation"]["accuracy_by_judge"], found["generation"]["frechet_distance"])
+    numbers = (
+        found["understanding"]["accuracy_by_scoring"],
+        found["generation"]["accuracy_by_judge"],
+        found["generation"]["frechet_distance"],
+    )
     assert all(isinstance(number, float) for number in numbers) and {"understanding", "generation"} == set(found["losses"])
     assert all(0 < loss < 10 for loss in found["losses"].values())
     reads, draws = found["understanding"], found["generation"]
@@ -58,7 +62,11 @@ def test_report_by_split_kind_and_number_of_shapes(data, tmp_path):
         assert sum(kinds.values()) == reads["by_split"][split]["questions"] == 24
         assert set(kinds) <= {"count", "color", "relation", "existence"} and len(kinds) > 2
         judged = draws["by_split"][split]
-        assert judged["drawings"] == 20 and 0 <= judged["accuracy_by_judge"] <= judged["shapes"] <= 1 and set(judged["accuracy_by_number_of_shapes"]) <= set("1234")
+        assert (
+            judged["drawings"] == 20
+            and 0 <= judged["accuracy_by_judge"] <= judged["shapes"] <= 1
+            and set(judged["accuracy_by_number_of_shapes"]) <= set("1234")
+        )
         assert judged["ceiling"]["frechet_distance_of_real_images"] < judged["frechet_distance"]
     assert (tmp_path / "run" / "drawings.png").stat().st_size > 5000
     # the tokenizer belongs to the run

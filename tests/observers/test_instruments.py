@@ -47,7 +47,9 @@ def test_training_is_bit_identical_with_instruments_on(make_config, tmp_path):
 
 def test_two_ranks_say_what_one_process_says(make_config, tmp_path):
     """Gradients and attention of the first step, against plain autograd on all of its packs."""
-    config = Parts(make_config({"monitor.attention_every_steps": 1, "monitor.geometry_every_steps": 1}, tmp_path / "run")).with_mixture().config
+    config = (
+        Parts(make_config({"monitor.attention_every_steps": 1, "monitor.geometry_every_steps": 1}, tmp_path / "run")).with_mixture().config
+    )
     make_lane = Parts(config).make_lane
     packs = [next(make_lane(lane))[0] for lane in range(4)]
     run_ranks(2, train_on_each, {"run": (config, [packs])})

@@ -79,9 +79,7 @@ def make_sample(rng: np.random.Generator, parts: list[tuple[str, int, int]], ind
     )
 
 
-PARTS = st.lists(
-    st.tuples(st.sampled_from(["text", "TEXT", "image", "IMAGE"]), st.integers(1, 4), st.integers(1, 4)), max_size=4
-)
+PARTS = st.lists(st.tuples(st.sampled_from(["text", "TEXT", "image", "IMAGE"]), st.integers(1, 4), st.integers(1, 4)), max_size=4)
 LAYOUTS = st.lists(PARTS, min_size=1, max_size=5)
 """Samples of a pack: without images, without a loss, of a single token, with several images of one code or more."""
 

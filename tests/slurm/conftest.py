@@ -105,9 +105,7 @@ def make_run(cluster, digits_folder, tmp_path_factory):
     tree = yaml.safe_load((folder / "digits.yaml").read_text())
     settings = TINY | {
         "vocabulary.text_model": str(digits_folder / "text.model"),
-        "data.sources": {
-            task: {"shards": f"{digits_folder}/{task}-train-{{00..07}}.tar"} for task in ("understanding", "generation")
-        },
+        "data.sources": {task: {"shards": f"{digits_folder}/{task}-train-{{00..07}}.tar"} for task in ("understanding", "generation")},
         "optimizer.num_steps": NUM_STEPS,
         "checkpoint.every_steps": 10,
         "checkpoint.keep_last": 3,

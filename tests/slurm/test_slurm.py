@@ -21,9 +21,7 @@ def test_a_job_survives_requeueing_preemption_and_a_crashed_node(cluster, make_r
     cluster.ask("scontrol", "requeue", run.job)
     run.until_resumed(1)
 
-    urgent = cluster.ask(
-        "sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"
-    )
+    urgent = cluster.ask("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     run.until_resumed(2)
     assert f"JobId={urgent.strip()} " in cluster.ask("scontrol", "show", "job", urgent.strip())
     assert "SIGTERM was received: ended after step" in run.log(), "preempted with a checkpoint"

@@ -25,9 +25,7 @@ def make_study(digits_folder, tmp_path):
 
     def make(**changes):
         tree = yaml.safe_load(open("megavlm/recipes/studies/digits.yaml"))
-        sources = {
-            task: {"shards": f"{digits_folder}/{task}-train-{{00..07}}.tar"} for task in ("understanding", "generation")
-        }
+        sources = {task: {"shards": f"{digits_folder}/{task}-train-{{00..07}}.tar"} for task in ("understanding", "generation")}
         tree["overrides"] = {name: value for name, value in tree["overrides"].items() if not name.startswith("data.sources.")}
         tree["overrides"] |= {name: value for name, value in TINY.items() if not name.startswith("routing")} | {
             "vocabulary.text_model": str(digits_folder / "text.model"),

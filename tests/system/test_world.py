@@ -33,8 +33,6 @@ def test_the_batch_shell_of_a_job_is_alone():
     assert find_place(environment)["WORLD_SIZE"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"), [("gpu[007-010,12],login", "gpu007"), ("a-1,b[2-3]", "a-1"), ("n[5]", "n5"), ("solo", "solo")]
-)
+@pytest.mark.parametrize(("nodes", "first"), [("gpu[007-010,12],login", "gpu007"), ("a-1,b[2-3]", "a-1"), ("n[5]", "n5"), ("solo", "solo")])
 def test_first_node(nodes, first):
     assert _first_node(nodes) == first

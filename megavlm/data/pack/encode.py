@@ -158,9 +158,7 @@ class Encoder:
         for ids, loss, task in runs:
             begin, end = end, end + len(ids)
             tokens[begin:end], has_loss[begin:end], tasks[begin:end] = ids, loss, task
-        return EncodedSample(
-            sample.key, sample.coordinates, tokens, has_loss, tasks, tuple(spans), task=TASKS.index(sample.task)
-        )
+        return EncodedSample(sample.key, sample.coordinates, tokens, has_loss, tasks, tuple(spans), task=TASKS.index(sample.task))
 
     def _is_unconditional(self, coordinates: Coordinates) -> bool:
         return uniform(self.seed, Purpose.SAMPLE, *coordinates[:4]) < self.unconditional_ratio

@@ -169,9 +169,7 @@ class Lane:
 
     def _draw(self) -> None:
         """Put the next sample of the source whose turn it is at the end of the look-ahead."""
-        number = min(
-            (n for n in range(len(self.sources)) if n not in self._finished), key=lambda n: (self.passes[n], n)
-        )
+        number = min((n for n in range(len(self.sources)) if n not in self._finished), key=lambda n: (self.passes[n], n))
         source, num_tokens = self.sources[number], self.mixture[self.sources[number].name].mean_tokens
         try:
             encoded = self._encode(*next(self.cursors[number]))

@@ -34,13 +34,8 @@ def estimate_mixture(sources: list[Source], encoder: Encoder, config: DataConfig
         config: How many samples of a source are read where there is no index, and what becomes of those longer than a pack.
         open_url: Opens shards.
     """
-    encoder = Encoder(
-        encoder.vocabulary, GridOnly(encoder.image_tokenizer), encoder.unconditional_ratio, encoder.seed
-    )
-    return {
-        source.name: _estimate(number, source, encoder, config, open_url)
-        for number, source in enumerate(sources)
-    }
+    encoder = Encoder(encoder.vocabulary, GridOnly(encoder.image_tokenizer), encoder.unconditional_ratio, encoder.seed)
+    return {source.name: _estimate(number, source, encoder, config, open_url) for number, source in enumerate(sources)}
 
 
 def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig, open_url: Opener) -> SourceMixture:

@@ -57,9 +57,7 @@ def _split(sample: Sample, encoder: Encoder, max_tokens: int) -> list[EncodedSam
         # the longest run of parts that fits
         for end in range(len(cuts) - 1, begin, -1):
             segments = sample.segments[cuts[begin] : cuts[end]]
-            piece = replace(
-                sample, segments=segments, coordinates=sample.coordinates._replace(piece=len(pieces))
-            )
+            piece = replace(sample, segments=segments, coordinates=sample.coordinates._replace(piece=len(pieces)))
             encoded = encoder(piece)
             if encoded.num_tokens <= max_tokens:
                 break

@@ -25,9 +25,7 @@ WINDOW = 16
 """Pairs on either side of the wanted total cost that are looked at."""
 
 
-def choose(
-    costs_nc: np.ndarray, tokens_n: np.ndarray, target_c: np.ndarray, max_tokens: int, rng: np.random.Generator
-) -> list[int]:
+def choose(costs_nc: np.ndarray, tokens_n: np.ndarray, target_c: np.ndarray, max_tokens: int, rng: np.random.Generator) -> list[int]:
     """Choose samples for one pack from a look-ahead whose oldest sample comes first.
 
     The oldest is always taken, so no sample waits for more packs than the look-ahead has places.
@@ -157,9 +155,7 @@ class _Search:
         pairs_p2 = pairs_p2[order]
         return pairs_p2, costs_pc[order], self.tokens_n[pairs_p2].sum(1)
 
-    def _exchange_for_two(
-        self, out_ok: np.ndarray, pairs_p2: np.ndarray, costs_pc: np.ndarray, tokens_p: np.ndarray
-    ) -> bool:
+    def _exchange_for_two(self, out_ok: np.ndarray, pairs_p2: np.ndarray, costs_pc: np.ndarray, tokens_p: np.ndarray) -> bool:
         """Make the best exchange of a row of ``out`` for a pair whose total cost is close to what is wanted, if one helps."""
         if len(pairs_p2) == 0:
             return False

@@ -58,9 +58,7 @@ def find_format(name: str) -> Format:
             return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"data.sources: format {name} cannot be imported: {error}\n  do:    check PYTHONPATH") from error
-    raise ConfigError(
-        f"data.sources: there is no format {name!r}\n  do:    use one of {', '.join(FORMATS)}, or module:function"
-    )
+    raise ConfigError(f"data.sources: there is no format {name!r}\n  do:    use one of {', '.join(FORMATS)}, or module:function")
 
 
 def parse(key: str, members: Members, source, coordinates: Coordinates, seed: int) -> Sample:
@@ -108,9 +106,7 @@ def _img2dataset(key: str, members: Members, source, rng) -> tuple[Record, Membe
     chance = rng()
     caption = Segment(text=caption.strip(), loss=True)
     if chance.random() < source.generation_ratio:
-        record = Record(
-            task="generation", segments=(Segment(text=caption.text), Segment(image="img0", loss=True))
-        )
+        record = Record(task="generation", segments=(Segment(text=caption.text), Segment(image="img0", loss=True)))
     else:
         request = source.caption_requests[int(chance.integers(len(source.caption_requests)))]
         record = Record(task="understanding", segments=(Segment(image="img0"), Segment(text=request), caption))

@@ -46,9 +46,7 @@ def check_exists(url: str, source: str = "") -> None:
         raise DataError("the shard does not exist", "write the data first, or correct the path", source, url)
 
 
-def read_shard(
-    url: str, source: str = "", open_url: Callable[[str], BinaryIO] = Opener()
-) -> Iterator[tuple[str, Members]]:
+def read_shard(url: str, source: str = "", open_url: Callable[[str], BinaryIO] = Opener()) -> Iterator[tuple[str, Members]]:
     """Yield ``(key, {extension: content})`` for every sample of a shard, in its order.
 
     Only regular files count, names are nothing but keys, nothing is written to disk or unpickled. A sample of which a member
@@ -64,9 +62,7 @@ def read_shard(
             yield from read(stream)
     except (tarfile.TarError, OSError, EOFError, RecursionError, ValueError) as error:
         check_exists(url, source)
-        raise DataError(
-            f"the shard is unreadable or cut short: {error}", "copy or write it again", source, url
-        ) from error
+        raise DataError(f"the shard is unreadable or cut short: {error}", "copy or write it again", source, url) from error
 
 
 def _read_tar(stream: BinaryIO) -> Iterator[tuple[str, Members]]:

@@ -52,6 +52,4 @@ def _members(urls: list[str], source: SourceConfig) -> Iterator[np.ndarray]:
     for sample in read_samples(urls, source, report):
         yield from sample.images.values()
     if report.problems:
-        raise DataError(
-            f"{len(report.problems)} problems, the first: {report.problems[0]}", "run `megavlm data lint`", shard=urls[0]
-        )
+        raise DataError(f"{len(report.problems)} problems, the first: {report.problems[0]}", "run `megavlm data lint`", shard=urls[0])

@@ -108,8 +108,7 @@ def simulate_lane(situation: Situation, number: int, num_steps: int, packer: str
     config, costing = situation.config, situation.costing
     shares = token_shares(situation.mixture, config)
     sources = [
-        ([layout for count, layout in source.layouts for _ in range(count)], source.mean_tokens)
-        for source in situation.mixture.values()
+        ([layout for count, layout in source.layouts for _ in range(count)], source.mean_tokens) for source in situation.mixture.values()
     ]
     rng = stream(situation.seed, Purpose.SYNTHETIC, number, 1)
     passes = rng.random(len(shares)) * max(mean for _, mean in sources) / shares

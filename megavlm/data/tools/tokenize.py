@@ -201,5 +201,3 @@ def _encode_in_worker(url: str, path: Path) -> MegavlmError | None:
     except MegavlmError as error:
         return error
     return None
-
-

@@ -135,6 +135,5 @@ def find_function(name: str, option: str) -> Callable:
         return getattr(import_user_module(module), function)
     except Exception as error:  # whatever the user's code raises
         raise ConfigError(
-            f"{option}: {name} cannot be imported: {type(error).__name__}: {error}\n"
-            "  do:    give module:function, or file.py:function"
+            f"{option}: {name} cannot be imported: {type(error).__name__}: {error}\n  do:    give module:function, or file.py:function"
         ) from error

@@ -1,9 +1,9 @@
 """Questions with short answers: VQA's pair of files, or plain lists of questions as in GQA.
 
-    {"questions": [{"question_id", "image_id", "question"}]} with {"annotations": [{"question_id", "answers": [{"answer"} x 10]}]}
-    {"image": "1.jpg", "question": "What is it?", "answer": "a dog"}                         a list of these, or lines
-    {"image": "1.jpg", "question": "What is it?", "answers": ["dog", "puppy"], "group": "what"}
-    {"2064": {"imageId": "2370799", "question": "Is it red?", "answer": "no"}}               GQA's own form
+{"questions": [{"question_id", "image_id", "question"}]} with {"annotations": [{"question_id", "answers": [{"answer"} x 10]}]}
+{"image": "1.jpg", "question": "What is it?", "answer": "a dog"}                         a list of these, or lines
+{"image": "1.jpg", "question": "What is it?", "answers": ["dog", "puppy"], "group": "what"}
+{"2064": {"imageId": "2370799", "question": "Is it red?", "answer": "no"}}               GQA's own form
 """
 
 import re

@@ -1,6 +1,6 @@
 """Is it there? Questions answered by yes or no, as in POPE (Li et al. 2023), which asks for objects that are and are not in an image.
 
-    {"image": "1.jpg", "text": "Is there a dog in the image?", "label": "no"}
+{"image": "1.jpg", "text": "Is there a dog in the image?", "label": "no"}
 """
 
 import re

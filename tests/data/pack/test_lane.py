@@ -109,7 +109,11 @@ def test_weights_share_out_samples_or_tokens(make_factory, corpus_sources, weigh
     for _ in range(150):
         pack, _ = next(lane)
         counted += [
-            sum(1 if weights == "samples" else length for place, length in zip(pack.coordinates, pack.sequences.lengths) if place.source == n)
+            sum(
+                1 if weights == "samples" else length
+                for place, length in zip(pack.coordinates, pack.sequences.lengths)
+                if place.source == n
+            )
             for n in range(2)
         ]
     assert counted[1] / counted[0] == pytest.approx(1.5, rel=0.06)

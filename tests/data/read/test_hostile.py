@@ -171,8 +171,14 @@ def test_random_bytes_are_no_shard(good_shard, content, suffix):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.sampled_from(["task", "segments", "text", "image", "loss", "texts", "images", "conversations", "from", "value", "caption"]), inner, max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["task", "segments", "text", "image", "loss", "texts", "images", "conversations", "from", "value", "caption"]),
+            inner,
+            max_size=5,
+        )
+    ),
 )
 
 
