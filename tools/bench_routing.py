@@ -30,12 +30,13 @@ from rich.table import Table
 from torch.nn import functional
 
 from megavlm.costs import ModelShape
-from megavlm.data.pack.encode import GENERATION, UNDERSTANDING, EncodedSample, Span
+from megavlm.data.pack.encode import EncodedSample, Span
 from megavlm.data.pack.pack import Costing, build_pack
 from megavlm.data.read.sample import Coordinates
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.routing import policies as p
 from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.tasks import Task
 
 VOCABULARY = 1024
 GATHERED = "everything kept, gathered anyway"
@@ -76,7 +77,7 @@ def make_samples(pack_tokens: int, image_side: int) -> list[EncodedSample]:
             has_loss[-8:] = True
         else:
             has_loss[span.start - 1 :] = True
-        task = UNDERSTANDING if reads else GENERATION
+        task = Task.UNDERSTANDING if reads else Task.GENERATION
         tokens = rng.integers(VOCABULARY, size=length)
         place = Coordinates(0, 0, 0, index)
         samples.append(EncodedSample(str(index), place, tokens, has_loss, np.full(length, task), (span,), task))

@@ -23,10 +23,10 @@ import torch
 from megavlm.analysis.rows import IMAGE, KINDS, NUM_CELLS, QUERIES, StageRows, sample_rows
 from megavlm.costs import ModelShape
 from megavlm.data.pack.pack import Pack
-from megavlm.data.read.sample import TASKS
 from megavlm.model.attention import Context, placed
 from megavlm.model.backbone import Backbone
 from megavlm.randomness import Purpose, stream
+from megavlm.routing.tasks import TASKS
 from megavlm.vocabulary import Vocabulary
 
 STATISTICS = (*KINDS, "entropy", "effective_image_tokens")

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from megavlm.data.pack.pack import Pack
-from megavlm.data.read.sample import TASKS
 from megavlm.engine.zero import begin_anew, local_gradients
+from megavlm.routing.tasks import TASKS
 from megavlm.system.world import World
 
 PARTS = ("norms", "q", "k", "v", "o", "mlp")

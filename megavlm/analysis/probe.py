@@ -21,13 +21,12 @@ from megavlm.analysis.subject import build_packs
 from megavlm.costs import ModelShape
 from megavlm.data.pack.encode import EncodedSample
 from megavlm.data.pack.pack import Costing, Pack
-from megavlm.data.read.sample import TASKS
 from megavlm.model.backbone import Backbone
 from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.policies import Dense, LateDrop, LayerPlan, Policy, Tread
-from megavlm.routing.route import GENERATION, UNDERSTANDING
+from megavlm.routing.tasks import TASKS, Task
 
-SPAN_KINDS = {"understanding": UNDERSTANDING, "generation": GENERATION}
+SPAN_KINDS = {"understanding": Task.UNDERSTANDING, "generation": Task.GENERATION}
 
 
 class Away(Policy):

@@ -20,8 +20,8 @@ from megavlm.analysis.geometry import geometry_of_run
 from megavlm.analysis.probe import Away, Candidate, Probe
 from megavlm.analysis.subject import Subject
 from megavlm.analysis.suggest import Suggestion, suggest
-from megavlm.data.read.sample import TASKS
 from megavlm.routing.policies import LateDrop
+from megavlm.routing.tasks import TASKS
 from megavlm.runs.manifest import step_of
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from megavlm.data.pack.pack import Pack
-from megavlm.data.read.sample import TASKS
 from megavlm.routing.route import Route, Stage
+from megavlm.routing.tasks import TASKS
 from megavlm.vocabulary import Vocabulary
 
 KINDS = ("text", "image", "special", "sink")

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megavlm.data.pack.encode import TEXT, UNDERSTANDING, EncodedSample, Encoder, Span
+from megavlm.data.pack.encode import EncodedSample, Encoder, Span
 from megavlm.data.pack.pack import Costing, build_pack
 from megavlm.data.read.sample import Coordinates
 from megavlm.model.backbone import Backbone
+from megavlm.routing.tasks import Task
 
 MAX_POSITIONS = 64
 """Of an image's codes, evenly spread."""
@@ -84,9 +85,9 @@ def _as_read(sample: EncodedSample, span: Span, encoder: Encoder) -> EncodedSamp
     vocabulary = encoder.vocabulary
     tokens = np.array([vocabulary.bos, *sample.tokens[span.start - 1 : span.start + span.length + 1], vocabulary.eos])
     places = np.arange(len(tokens))
-    tasks, has_loss = np.where(places == 0, TEXT, UNDERSTANDING), places == len(tokens) - 1
+    tasks, has_loss = np.where(places == 0, Task.TEXT, Task.UNDERSTANDING), places == len(tokens) - 1
     spans = (Span(2, span.height, span.width, False),)
-    return EncodedSample(sample.key, Coordinates(0, 0, 0, 0), tokens, has_loss, tasks, spans, UNDERSTANDING)
+    return EncodedSample(sample.key, Coordinates(0, 0, 0, 0), tokens, has_loss, tasks, spans, Task.UNDERSTANDING)
 
 
 def _without_position(states_NPD: np.ndarray) -> np.ndarray:

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from megavlm.data.pack.encode import EncodedSample, Encoder
 from megavlm.data.pack.pack import Costing, build_pack
-from megavlm.data.read.sample import TASKS, Sample
+from megavlm.data.read.sample import Sample
 from megavlm.evaluation.sampling import answer
 from megavlm.model.backbone import Backbone
+from megavlm.routing.tasks import TASKS
 
 BATCH_SAMPLES = 128
 

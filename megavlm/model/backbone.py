@@ -24,15 +24,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megavlm.costs import ModelShape
 from megavlm.data.pack.pack import Pack
-from megavlm.data.read.sample import TASKS
 from megavlm.errors import ConfigError
 from megavlm.model import attention
 from megavlm.model.attention import Context, Guests
 from megavlm.model.loss import chunked_loss
 from megavlm.routing.injection import Injector
 from megavlm.routing.plan import RoutingPlan
-from megavlm.routing.route import GENERATION, UNDERSTANDING, Stage
+from megavlm.routing.route import Stage
 from megavlm.routing.router import Router
+from megavlm.routing.tasks import TASKS, Task
 from megavlm.settings import Settings
 
 NOT_ARCHITECTURE = ("vocab_size", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "_name_or_path",
@@ -122,7 +122,7 @@ class Backbone(nn.Module):
         shape = ModelShape.of(causal_lm.config)
         self.reader = nn.Linear(feature_width, shape.width) if feature_width else None
         self.gates, self.injectors = nn.ModuleDict(), nn.ModuleDict()
-        for task in (UNDERSTANDING, GENERATION):
+        for task in (Task.UNDERSTANDING, Task.GENERATION):
             for layer in plan.layers_that("gate", task):
                 self.gates[f"{task}_{layer}"] = nn.Linear(shape.width, 1)
             for layer in plan.layers_that("inject", task):

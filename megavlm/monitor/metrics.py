@@ -8,7 +8,7 @@ import torch
 
 from megavlm.costs import BACKWARD_FACTOR
 from megavlm.data.pack.pack import Pack
-from megavlm.data.read.sample import TASKS
+from megavlm.routing.tasks import TASKS
 from megavlm.settings import Positive, Settings
 from megavlm.system.world import World
 

@@ -5,8 +5,9 @@ import torch
 
 from megavlm.routing.plan import RoutingPlan
 from megavlm.routing.policies import DENSE, LayerPlan
-from megavlm.routing.route import GENERATION, Choice, Injection, PackLayout, Route, Sequences, Stage
+from megavlm.routing.route import Choice, Injection, PackLayout, Route, Sequences, Stage
 from megavlm.routing.selectors import HOST_SELECTORS, Candidates
+from megavlm.routing.tasks import Task
 
 
 def build_route(plan: RoutingPlan, layout: PackLayout, strength: float, rng: np.random.Generator) -> Route:
@@ -92,7 +93,7 @@ class _RouteBuilder:
         return Choice(task, plan, kept, torch.from_numpy(_concatenated(take)), torch.from_numpy(quota))
 
     def _injected(self, task: int) -> np.ndarray:
-        if task == GENERATION:
+        if task == Task.GENERATION:
             return self.layout.prompt_rows
         spans = zip(self.layout.spans, self.layout.starts)
         return _concatenated([np.arange(a, a + span.length) for span, a in spans if span.task == task])

@@ -9,8 +9,8 @@ from pydantic import SerializeAsAny
 
 from megavlm.errors import ConfigError
 from megavlm.routing.policies import AnyPolicy, Dense, LayerPlan, Policy
-from megavlm.routing.route import GENERATION, UNDERSTANDING
 from megavlm.routing.selectors import DEVICE_SELECTORS, HOST_SELECTORS
+from megavlm.routing.tasks import Task
 from megavlm.settings import Settings, Share
 
 
@@ -76,15 +76,15 @@ class RoutingPlan:
         self.schedule = schedule
         self.selectors = [understanding.selector_name, generation.selector_name]
         of_task = [understanding.layers(num_layers), generation.layers(num_layers)]
-        _check_generation(generation, of_task[GENERATION])
-        _check_device_selector(understanding, of_task[UNDERSTANDING])
+        _check_generation(generation, of_task[Task.GENERATION])
+        _check_device_selector(understanding, of_task[Task.UNDERSTANDING])
         _check_shared(understanding, generation, of_task)
         layer_plans = list(zip(*of_task, strict=True))
         starts = [i for i in range(num_layers) if i == 0 or layer_plans[i] != layer_plans[i - 1]]
         self.bounds = list(zip(starts, [*starts[1:], num_layers]))
         self.plans: list[tuple[LayerPlan, LayerPlan]] = [layer_plans[first] for first in starts]
         # an injected prompt leaves its image alone
-        keeps_spans = [[plan.how == "inject" and task == GENERATION for task, plan in enumerate(p)] for p in self.plans]
+        keeps_spans = [[plan.how == "inject" and task == Task.GENERATION for task, plan in enumerate(p)] for p in self.plans]
         ratios = np.array([[plan.keep_ratio for plan in plans] for plans in self.plans])
         self._ratios = np.where(keeps_spans, 1.0, ratios)
         # injection is a matter of architecture: no schedule turns it off

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from megavlm.data.read.sample import TASKS
 from megavlm.engine.checkpoint import load_weights
 from megavlm.engine.guard import BadStep
 from megavlm.errors import MegavlmError
 from megavlm.parts.parts import Parts
 from megavlm.parts.trained import load_run_config
 from megavlm.randomness import Purpose, integer_seed
+from megavlm.routing.tasks import TASKS
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import complete_checkpoints, step_of
 from megavlm.system.files import write_atomically

@@ -25,7 +25,6 @@ from megavlm.data.pack.lane import COUNTS
 from megavlm.data.pack.loader import Loader, lanes_of
 from megavlm.data.pack.pack import Pack
 from megavlm.data.pack.sources import State, adapt_state
-from megavlm.data.read.sample import TASKS
 from megavlm.engine.agreement import Wishes
 from megavlm.engine.checkpoint import Checkpointer
 from megavlm.engine.guard import Guard
@@ -38,6 +37,7 @@ from megavlm.monitor.stragglers import Stragglers
 from megavlm.parts.parts import Parts
 from megavlm.parts.resolve import keep
 from megavlm.randomness import Purpose, integer_seed
+from megavlm.routing.tasks import TASKS
 from megavlm.runs.exits import Exit, RunEnded
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.status import write_status

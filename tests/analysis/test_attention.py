@@ -12,8 +12,8 @@ from transformers import AttentionInterface
 from megavlm.analysis.attention import STATISTICS, AttentionWatch, statistics
 from megavlm.analysis.rows import IMAGE, QUERIES, SINK, SPECIAL, TEXT, token_kinds
 from megavlm.data.pack.pack import build_pack
-from megavlm.data.read.sample import TASKS
 from megavlm.model.attention import NAME
+from megavlm.routing.tasks import TASKS
 from tests.model import reference
 from tests.model.reference import Reference
 from tests.model.test_backbone import MIXED, NoReadBack, make_backbone

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megavlm.analysis.gradients import PARTS, WHOLE, align, alone, block_of, blocks_of, factors_of_tasks, products
-from megavlm.data.read.sample import TASKS
+from megavlm.routing.tasks import TASKS
 
 PAIR = "understanding_generation"
 

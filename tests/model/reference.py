@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from megavlm.data.pack.encode import GENERATION, UNDERSTANDING
 from megavlm.model.backbone import Backbone
 from megavlm.routing.plan import num_kept
+from megavlm.routing.tasks import Task
 
 
 def _attention(module, query, key, value, attention_mask, *, scaling, guests, **_unused):
@@ -53,10 +53,10 @@ class Reference:
             gate = torch.ones(num, dtype=h.dtype)
             guest_rows = []
             for task, plan in enumerate(self.plan.plans[s]):
-                if plan.how == "inject" and task == GENERATION:
+                if plan.how == "inject" and task == Task.GENERATION:
                     is_active[self.prompts] = False
                     guest_rows.append((task, torch.tensor(self.prompts, dtype=torch.int64)))
-                if plan.how == "inject" and task == UNDERSTANDING:
+                if plan.how == "inject" and task == Task.UNDERSTANDING:
                     rows = [offset + span.start + i for _, offset, span in self.spans if span.task == task for i in range(span.length)]
                     is_active[rows] = False
                     guest_rows.append((task, torch.tensor(rows, dtype=torch.int64)))

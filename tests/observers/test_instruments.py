@@ -8,8 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megavlm.analysis.attention import AttentionWatch
 from megavlm.analysis.gradients import alone, factors_of_tasks
 from megavlm.costs import ModelShape
-from megavlm.data.read.sample import TASKS
 from megavlm.parts.parts import Parts
+from megavlm.routing.tasks import TASKS
 from tests.analysis.work import train_on_each
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training import DRAW_ONLY, NO_LOSS, READ_ONLY, SINGLE_TOKEN, TEXT_ONLY, _pack

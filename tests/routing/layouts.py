@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from megavlm.costs import ModelShape
-from megavlm.data.pack.encode import GENERATION, TEXT, UNDERSTANDING, EncodedSample, Span
+from megavlm.data.pack.encode import EncodedSample, Span
 from megavlm.data.pack.pack import Costing, build_pack
 from megavlm.data.read.sample import Coordinates
 from megavlm.routing.plan import RoutingPlan, Schedule
@@ -20,6 +20,7 @@ from megavlm.routing.policies import (
     SharedBypass,
     Tread,
 )
+from megavlm.routing.tasks import Task
 
 NUM_LAYERS, VOCABULARY = 4, 150
 SHAPE = ModelShape(32, NUM_LAYERS, 4, 2, 8, 64, VOCABULARY)
@@ -62,18 +63,18 @@ def make_sample(rng: np.random.Generator, parts: list[tuple[str, int, int]], ind
     """``parts`` are ("text" | "image", height, width) with an upper-case kind for a loss; text has height tokens."""
     # no token twice: equal tokens tie in every selector
     fresh = rng.permutation(VOCABULARY).tolist()
-    tokens, has_loss, tasks, spans = [fresh.pop()], [False], [TEXT], []
+    tokens, has_loss, tasks, spans = [fresh.pop()], [False], [Task.TEXT], []
     for kind, height, width in parts:
         loss = kind.isupper()
         if kind.lower() == "image":
             spans.append(Span(len(tokens) + 1, height, width, loss))
-            size, task = height * width + 2, GENERATION if loss else UNDERSTANDING
+            size, task = height * width + 2, Task.GENERATION if loss else Task.UNDERSTANDING
         else:
-            size, task = height, UNDERSTANDING
+            size, task = height, Task.UNDERSTANDING
         tokens += [fresh.pop() for _ in range(size)]
         has_loss += [loss] * size
         tasks += [task] * size
-    task = TEXT if not spans else GENERATION if any(span.has_loss for span in spans) else UNDERSTANDING
+    task = Task.TEXT if not spans else Task.GENERATION if any(span.has_loss for span in spans) else Task.UNDERSTANDING
     return EncodedSample(
         f"s{index}", Coordinates(0, 0, 0, index), np.array(tokens), np.array(has_loss), np.array(tasks), tuple(spans), task
     )

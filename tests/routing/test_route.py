@@ -9,7 +9,8 @@ from megavlm.errors import ConfigError
 from megavlm.routing.builder import build_route
 from megavlm.routing.plan import RoutingPlan, Schedule, num_kept
 from megavlm.routing.policies import Dense, LateDrop, Merge, Pyramid, RandomLTD, SharedBypass, Tread
-from megavlm.routing.route import GENERATION, PackLayout
+from megavlm.routing.route import PackLayout
+from megavlm.routing.tasks import Task
 from tests.routing.layouts import LAYOUTS, NUM_LAYERS, POLICIES, SHAPE, costing, make_pack, make_samples
 
 EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES)
@@ -31,7 +32,7 @@ def test_counts_costs_and_boundaries_follow_from_lengths_alone(policy, layout, s
         if not stage.injections and "merge" not in policy:
             assert flops == num_layers * SHAPE.layers_flops(lengths).sum()
         num_open = sum(sum(choice.kept) for choice in stage.choices)
-        num_injected = sum(len(injection.rows_R) for injection in stage.injections if injection.task == GENERATION)
+        num_injected = sum(len(injection.rows_R) for injection in stage.injections if injection.task == Task.GENERATION)
         fixed = np.arange(pack.num_tokens) if stage.active_K is None else stage.active_K.numpy()
         assert (np.diff(fixed) > 0).all() and len(fixed) + num_open == sum(lengths)
         # whole pack minus image tokens that are not kept and prompts that are injected

@@ -10,7 +10,7 @@ from megavlm.study.report import statements, summarize
 from megavlm.study.results import Results
 from megavlm.study.spec import Metric, StudyConfig
 from megavlm.study.statistics import bootstrap, gain, retained
-from tests.study.test_spec import make_study  # noqa: F401
+from tests.study.test_spec import make_study  # noqa: F401 (a fixture)
 
 
 def test_the_interval_of_few_seeds_is_their_range_and_of_many_the_bootstraps_percentiles():

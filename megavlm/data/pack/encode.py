@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megavlm.data.read.sample import TASKS, Coordinates, Sample
+from megavlm.data.read.sample import Coordinates, Sample
 from megavlm.image_tokenizers.protocol import Features, ImageTokenizer
 from megavlm.randomness import Purpose, uniform
+from megavlm.routing.tasks import TASKS, Task
 from megavlm.vocabulary import Vocabulary
-
-UNDERSTANDING, GENERATION, TEXT = range(len(TASKS))
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Span:
     @property
     def task(self) -> int:
         """Which task's route the span takes: an image that is drawn is generation's, one that is read understanding's."""
-        return GENERATION if self.has_loss else UNDERSTANDING
+        return int(Task.GENERATION if self.has_loss else Task.UNDERSTANDING)  # plain, for config.yaml
 
 
 class Layout(NamedTuple):
@@ -93,7 +92,7 @@ class EncodedSample:
     @cached_property
     def prompt_places(self) -> np.ndarray:
         """Places of a generation sample's prompt that predict nothing: text before the token that predicts the first label."""
-        if self.task != GENERATION:
+        if self.task != Task.GENERATION:
             return np.zeros(0, np.int64)
         is_prompt = np.ones(max(0, self.first_label - 1), bool)
         for span in self.spans:
@@ -137,8 +136,8 @@ class Encoder:
         """
         vocabulary = self.vocabulary
         # runs of ids, each with its loss and task: <bos>, the segments, <eos>
-        runs, spans, num_tokens = [([vocabulary.bos], False, TEXT)], [], 1
-        text_task = TEXT if sample.task == "text" else UNDERSTANDING
+        runs, spans, num_tokens = [([vocabulary.bos], False, Task.TEXT)], [], 1
+        text_task = Task.TEXT if sample.task == "text" else Task.UNDERSTANDING
         unconditional = sample.task == "generation" and self._is_unconditional(sample.coordinates)
         for segment in sample.segments:
             task = text_task
@@ -146,7 +145,7 @@ class Encoder:
                 codes_hw, features = self.image_tokenizer.encode_member(segment.image, sample.images[segment.image], segment.loss)
                 spans.append(Span(num_tokens + 1, *codes_hw.shape, segment.loss, features))
                 ids = vocabulary.encode_image(codes_hw)
-                task = GENERATION if segment.loss else text_task
+                task = Task.GENERATION if segment.loss else text_task
             else:
                 drop = unconditional and not segment.loss
                 ids = [vocabulary.unconditional] if drop else vocabulary.encode_text(segment.text)

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 
 from megavlm.costs import ModelShape
-from megavlm.data.pack.encode import GENERATION, UNDERSTANDING, EncodedSample, Layout, Span
-from megavlm.data.read.sample import TASKS, Coordinates
+from megavlm.data.pack.encode import EncodedSample, Layout, Span
+from megavlm.data.read.sample import Coordinates
 from megavlm.randomness import Purpose, stream
 from megavlm.routing.builder import build_route
 from megavlm.routing.plan import RoutingPlan
 from megavlm.routing.route import BIAS_WIDTH, PackLayout, Route, Sequences, Stage
+from megavlm.routing.tasks import TASKS, Task
 
 
 @dataclass
@@ -116,8 +117,8 @@ class Costing:
         plan = self.plan
         lengths, tasks = (np.array(x, np.int64) for x in (zip(*layout.spans) if layout.spans else ((), ())))
         dropped_s = lengths.sum() - plan.kept_tokens(lengths, tasks, strength).sum(1)
-        prompt_s = layout.num_prompt * plan.injects(GENERATION)
-        guests_s = prompt_s + lengths[tasks == UNDERSTANDING].sum() * plan.injects(UNDERSTANDING)
+        prompt_s = layout.num_prompt * plan.injects(Task.GENERATION)
+        guests_s = prompt_s + lengths[tasks == Task.UNDERSTANDING].sum() * plan.injects(Task.UNDERSTANDING)
         active_s = layout.num_tokens - dropped_s - prompt_s
         bias_s = BIAS_WIDTH * plan.merges(strength)
         stages = plan.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)

@@ -22,7 +22,6 @@ from megavlm.errors import DataError
 
 MAX_NPY_HEADER_BYTES = 4096
 
-TASKS = ("understanding", "generation", "text")
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp", "npy")
 
 

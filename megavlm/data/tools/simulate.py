@@ -18,7 +18,7 @@ import numpy as np
 
 from megavlm.costs import ModelShape
 from megavlm.data.pack.config import DataConfig, Mixture, SourceMixture
-from megavlm.data.pack.encode import GENERATION, UNDERSTANDING, Layout
+from megavlm.data.pack.encode import Layout
 from megavlm.data.pack.mixture import target_flops, token_shares
 from megavlm.data.pack.pack import Costing
 from megavlm.data.pack.packer import choose
@@ -27,6 +27,7 @@ from megavlm.errors import ConfigError
 from megavlm.randomness import Purpose, stream
 from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.policies import Dense, LayerPlan, Policy
+from megavlm.routing.tasks import Task
 
 PACKERS = ("megavlm", "first_fit", "first_come")
 
@@ -58,8 +59,8 @@ def standard_mixture(num_samples: int = 4096, seed: int = 0) -> Mixture:
     sides = rng.integers(16, 49, num_samples).tolist()
     drawn = rng.choice([256, 1024], num_samples).tolist()
     # <bos> <boi> <eoi> <eos>; the last two of them have a loss where the image has one
-    read = [Layout(side**2 + text + 4, text // 2 + 1, 0, ((side**2, UNDERSTANDING),)) for side, text in zip(sides, texts[0])]
-    draw = [Layout(image + text + 4, image + 3, text + 1, ((image, GENERATION),)) for image, text in zip(drawn, texts[1])]
+    read = [Layout(side**2 + text + 4, text // 2 + 1, 0, ((side**2, Task.UNDERSTANDING),)) for side, text in zip(sides, texts[0])]
+    draw = [Layout(image + text + 4, image + 3, text + 1, ((image, Task.GENERATION),)) for image, text in zip(drawn, texts[1])]
     return {
         name: SourceMixture(num_samples=None, layouts=[(1, layout) for layout in layouts])
         for name, layouts in (("understanding", read), ("generation", draw))

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from megavlm.data.pack.encode import GENERATION, UNDERSTANDING, Encoder
+from megavlm.data.pack.encode import Encoder
 from megavlm.data.read.sample import Coordinates, Sample, Segment
 from megavlm.errors import DataError
 from megavlm.image_tokenizers.pixel import PixelTokenizer
+from megavlm.routing.tasks import Task
 from megavlm.vocabulary import Vocabulary
 
 
@@ -29,7 +30,7 @@ def test_generation_sequence(vocabulary):
     image = [vocabulary.boi, *(vocabulary.first_code + np.arange(4)), vocabulary.eoi]
     assert encoded.tokens.tolist() == [vocabulary.bos, *text, *image, vocabulary.eos]
     assert encoded.has_loss.tolist() == [False] * (1 + len(text)) + [True] * 7
-    assert set(encoded.tasks[encoded.has_loss]) == {GENERATION}
+    assert set(encoded.tasks[encoded.has_loss]) == {Task.GENERATION}
     (span,) = encoded.spans
     assert encoded.tokens[span.start : span.start + span.length].tolist() == image[1:-1]
 
@@ -38,7 +39,7 @@ def test_understanding_learns_the_answer_only(vocabulary):
     encoded = Encoder(vocabulary, PixelTokenizer(17, 8, 8))(sample("understanding", *READ))
     learned = encoded.tokens[encoded.has_loss].tolist()
     assert learned == [*vocabulary.encode_text("seven"), vocabulary.eos]
-    assert set(encoded.tasks[encoded.has_loss]) == {UNDERSTANDING}
+    assert set(encoded.tasks[encoded.has_loss]) == {Task.UNDERSTANDING}
 
 
 def test_a_tenth_of_the_generation_prompts_becomes_unconditional_and_always_the_same_ones(vocabulary):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavlm.data.pack.encode import GENERATION, UNDERSTANDING
 from megavlm.data.read import formats
 from megavlm.data.read.sample import Coordinates, Record, Segment
 from megavlm.data.read.shards import read_shard
 from megavlm.data.read.source import SourceConfig
 from megavlm.errors import ConfigError, DataError
+from megavlm.routing.tasks import Task
 from tests.data.conftest import ids, npy, write_shard
 
 
@@ -83,7 +83,7 @@ def test_interleaved_documents_hold_both_tasks(make_factory, tmp_path):
     factory = make_factory(sources, num_lanes=1)
     lane = factory(0)
     next(lane)
-    assert any({span.task for span in sample.spans} == {UNDERSTANDING, GENERATION} for sample in lane.waiting)
+    assert any({span.task for span in sample.spans} == {Task.UNDERSTANDING, Task.GENERATION} for sample in lane.waiting)
 
 
 def test_text_lines_and_a_users_own_format(tmp_path, make_factory):

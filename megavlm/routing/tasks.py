@@ -1,0 +1,15 @@
+"""The tasks of a sample. Image spans belong to one of the first two: those that are read, and those that are drawn."""
+
+from enum import IntEnum
+
+
+class Task(IntEnum):
+    """What a loss, a span or a sample counts for."""
+
+    UNDERSTANDING = 0
+    GENERATION = 1
+    TEXT = 2
+
+
+TASKS = tuple(task.name.lower() for task in Task)
+"""Their names in samples, recipes and reports."""
