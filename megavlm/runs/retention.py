@@ -1,0 +1,44 @@
+"""When checkpoints are written, and which of them stay."""
+
+from megavlm.settings import Positive, Settings, Share
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from megavlm.runs.manifest import read_manifest, step_of
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and how many stay. One is always written at the end."""
+
+    every_steps: Positive = 500
+    """Steps between checkpoints."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory; otherwise training waits."""
+    keep_last: Positive = 2
+    """The newest so many stay."""
+    keep_every_steps: Positive | None = None
+    """Checkpoints at multiples of this stay for ever."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """The best so many by `best_metric` stay as well."""
+    best_metric: str = "loss/generation"
+    """TensorBoard tag, as reported last before the save."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether small or large is good."""
+
+    def doomed(self, checkpoints: Sequence[Path]) -> list[Path]:
+        """Those of ``checkpoints`` (oldest first) that may go."""
+        staying = set(checkpoints[-self.keep_last :])
+        if self.keep_every_steps:
+            staying |= {path for path in checkpoints if step_of(path) % self.keep_every_steps == 0}
+        if self.keep_best:
+            rated = [(read_manifest(path)["metrics"].get(self.best_metric), path) for path in checkpoints]
+            rated = sorted((value, path) for value, path in rated if value is not None)
+            # of equal ones the newest
+            best = rated[-self.keep_best :] if self.best_mode == "max" else sorted(rated, key=_small_then_new)[: self.keep_best]
+            staying |= {path for _, path in best}
+        return [path for path in checkpoints if path not in staying]
+
+
+def _small_then_new(pair: tuple[float, Path]) -> tuple[float, int]:
+    return pair[0], -step_of(pair[1])
