@@ -3,8 +3,7 @@
 from megavlm.evaluation.sampling import draw_images
 from megavlm.randomness import Purpose, integer_seed
 from megavlm.system.pictures import save_grid
-from megavlm.training.observers import Observer
-from megavlm.training.trainer import Trainer
+from megavlm.training.observers import Observer, Training
 
 
 class Drawings(Observer):
@@ -12,31 +11,31 @@ class Drawings(Observer):
 
     name = "draw"
 
-    def attach(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def attach(self, training: Training) -> None:
+        self.training = training
 
     def after_step(self, num_steps: int) -> None:
-        trainer = self.trainer
-        parts, config = trainer.parts, trainer.parts.config
+        training = self.training
+        parts, config = training.parts, training.parts.config
         every = config.monitor.sample_every_steps
         if not every or (num_steps % every and num_steps != config.optimizer.num_steps):
             return
         prompts = config.monitor.sample_prompts
-        trainer.engine.eval()
+        training.engine.eval()
         codes = draw_images(
-            trainer.engine,
+            training.engine,
             parts.encoder,
             prompts,
             parts.inference_costing,
-            trainer.world.device,
+            training.world.device,
             integer_seed(config.seed, Purpose.DRAWING, num_steps),
             config.evaluation.temperature,
             config.evaluation.top_k,
             config.evaluation.guidance,
         )
-        trainer.engine.train()
-        if trainer.writer:
+        training.engine.train()
+        if training.writer:
             images = parts.image_tokenizer.decode(codes)
-            trainer.writer.add_images("samples", images, num_steps, dataformats="NHWC")
-            save_grid(images, prompts, trainer.folder.samples / f"step-{num_steps:08d}.png", title=f"step {num_steps}")
-            trainer.writer.flush()
+            training.writer.add_images("samples", images, num_steps, dataformats="NHWC")
+            save_grid(images, prompts, training.folder.samples / f"step-{num_steps:08d}.png", title=f"step {num_steps}")
+            training.writer.flush()

@@ -11,8 +11,7 @@ from megavlm.analysis.attention import STATISTICS, AttentionWatch
 from megavlm.analysis.gradients import factors_of_tasks, under_zero
 from megavlm.costs import ModelShape
 from megavlm.data.pack.pack import Pack
-from megavlm.training.observers import Observer, StepView
-from megavlm.training.trainer import Trainer
+from megavlm.training.observers import Observer, StepView, Training
 
 
 class Instruments(Observer):
@@ -23,13 +22,13 @@ class Instruments(Observer):
     def __init__(self) -> None:
         self._watch: AttentionWatch | None = None
 
-    def attach(self, trainer: Trainer) -> None:
-        self.config = trainer.parts.config.monitor
-        self.engine = trainer.engine
-        self.world = trainer.world
-        self.writer = trainer.writer
-        self.vocabulary = trainer.parts.vocabulary
-        self.seed = trainer.parts.config.seed
+    def attach(self, training: Training) -> None:
+        self.config = training.parts.config.monitor
+        self.engine = training.engine
+        self.world = training.world
+        self.writer = training.writer
+        self.vocabulary = training.parts.vocabulary
+        self.seed = training.parts.config.seed
 
     def before_step(self, step: StepView) -> None:
         """Log how the gradients of the step's tasks lie to each other."""

@@ -2,12 +2,10 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
-from megavlm.runs.retention import CheckpointConfig
-from megavlm.runs.manifest import complete_checkpoints, read_manifest, remove, verify
-from megavlm.runs.folder import RunFolder
 from megavlm.errors import MegavlmError
+from megavlm.runs.manifest import complete_checkpoints, read_manifest, remove, verify
+from megavlm.runs.retention import CheckpointConfig
 
 
 def find(path: Path) -> list[Path]:

@@ -1,17 +1,17 @@
 """The run folder: everything that a run writes, under names that explain themselves.
 
-    config.yaml       the resolved recipe          checkpoints/      see `megavlm.engine.checkpoint`
-    text.model        its text tokenizer, a SentencePiece file or a folder with tokenizer.json
-    samples/          drawings made on the way, PNG
-    log.txt           what was printed             tensorboard/      tensorboard --logdir
-    evaluation.json   written by `megavlm evaluate`, with drawings.png
-    judged/           written by `megavlm judge`
-    analysis/         written by `megavlm analyze`
-    status.json       where it stands              exit_code         how it ended; not there while it runs
-    stragglers.txt    times per rank               forensics/        skipped steps
-    hangs/            stacks of hung steps         environment.json  versions, hardware, command; of every start
-    save, stop        touch them: the run saves, or saves and ends
-    slurm/            sbatch scripts that `megavlm submit` rendered, and what the jobs printed
+config.yaml       the resolved recipe          checkpoints/      see `megavlm.engine.checkpoint`
+text.model        its text tokenizer, a SentencePiece file or a folder with tokenizer.json
+samples/          drawings made on the way, PNG
+log.txt           what was printed             tensorboard/      tensorboard --logdir
+evaluation.json   written by `megavlm evaluate`, with drawings.png
+judged/           written by `megavlm judge`
+analysis/         written by `megavlm analyze`
+status.json       where it stands              exit_code         how it ended; not there while it runs
+stragglers.txt    times per rank               forensics/        skipped steps
+hangs/            stacks of hung steps         environment.json  versions, hardware, command; of every start
+save, stop        touch them: the run saves, or saves and ends
+slurm/            sbatch scripts that `megavlm submit` rendered, and what the jobs printed
 """
 
 from pathlib import Path

@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megavlm.errors import MegavlmError

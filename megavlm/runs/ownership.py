@@ -6,8 +6,8 @@ import os
 import uuid
 from pathlib import Path
 
-from megavlm.system.files import write_atomically
 from megavlm.errors import MegavlmError
+from megavlm.system.files import write_atomically
 
 
 class Superseded(MegavlmError):

@@ -1,11 +1,13 @@
 """When checkpoints are written, and which of them stay."""
 
-from megavlm.settings import Positive, Settings, Share
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
+
 from megavlm.runs.manifest import read_manifest, step_of
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from megavlm.settings import Positive, Settings
 
 
 class CheckpointConfig(Settings):

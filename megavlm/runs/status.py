@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megavlm.errors import MegavlmError
 from megavlm.runs.exits import Exit
+from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import complete_checkpoints
 from megavlm.system.files import write_atomically
-from megavlm.runs.folder import RunFolder
-from megavlm.errors import MegavlmError
 
 SILENT_S = 300
 """A run that has reported nothing for so long (and three times its usual pace) is called silent."""

@@ -7,15 +7,29 @@ every rank.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from megavlm.data.pack.pack import Pack
+from megavlm.parts.parts import Parts
+from megavlm.runs.folder import RunFolder
+from megavlm.system.world import World
 
-if TYPE_CHECKING:
-    from megavlm.training.trainer import Trainer
+
+@dataclass(frozen=True)
+class Training:
+    """What an observer may use of a run."""
+
+    parts: Parts
+    world: World
+    engine: Any
+    """DeepSpeed's, around the backbone."""
+    folder: RunFolder
+    writer: SummaryWriter | None
+    """TensorBoard's, on rank 0."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +54,8 @@ class Observer:
     name = "observer"
     """What the watchdog says while it works."""
 
-    def attach(self, trainer: "Trainer") -> None:
-        """Called once, when the trainer is complete; keep what is needed of it."""
+    def attach(self, training: Training) -> None:
+        """Called once, before the first step; keep what is needed of it."""
 
     def before_step(self, step: StepView) -> None:
         """Called before the first forward pass of a step."""

@@ -44,7 +44,7 @@ from megavlm.runs.status import write_status
 from megavlm.system.world import World, set_timeout
 from megavlm.training.forensics import chain, describe_packs, write_report
 from megavlm.training.initial import load_initial_weights
-from megavlm.training.observers import Observer, StepView
+from megavlm.training.observers import Observer, StepView, Training
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Trainer:
         self.writer = SummaryWriter(str(self.folder.tensorboard), purge_step=self.step + 1) if world.is_main else None
         self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job())
         for observer in observers:
-            observer.attach(self)
+            observer.attach(Training(parts, world, self.engine, self.folder, self.writer))
 
     def _build_engine(self):
         """The model with its first weights, under DeepSpeed."""

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megavlm.system.world import World
-from megavlm.runs.folder import RunFolder
-from megavlm.parts.resolve import resolve
 from megavlm.errors import ConfigError
+from megavlm.parts.resolve import resolve
+from megavlm.runs.folder import RunFolder
+from megavlm.system.world import World
 
 
 def test_sources_that_all_end_are_refused(make_config, tmp_path):

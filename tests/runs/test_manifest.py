@@ -6,9 +6,9 @@ import os
 import pytest
 
 from megavlm.runs import manifest
-from megavlm.runs.retention import CheckpointConfig
 from megavlm.runs.manifest import complete_checkpoints, verify
 from megavlm.runs.ownership import Ownership, Superseded
+from megavlm.runs.retention import CheckpointConfig
 
 
 def make(folder, step, **metrics):
