@@ -3,8 +3,8 @@
     python tools/bench_loader.py --out docs/data/loader.json
 
 Writes shards of samples of 1,024 tokens (an image of 31 x 32 codes and text), then reads them with a lane (parse, check, tokenize the text,
-look-ahead of 256, equal-cost packing, route, pin if there is a GPU) for packs of 8,192 and of 32,768 tokens, in turns with three pipelines of
-WebDataset, in one process on one core:
+look-ahead of 256, equal-cost packing, route, pin if there is a GPU) for packs of 8,192 and of 32,768 tokens, in turns with three pipelines
+of WebDataset, in one process on one core:
 
     decoded      ``WebDataset(…).shuffle(1000).decode()``: json and npy become objects; nothing is checked, no text is tokenized
     tokenized    the same, then every sample becomes one array of ids

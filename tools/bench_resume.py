@@ -3,8 +3,8 @@
 
     python tools/bench_resume.py --out docs/data/resume.json
 
-Writes a corpus of small shards with samples of 64 image codes and text, runs one lane over it to step 10,000 (some minutes), and from then on makes
-the lane again from states of both times, in turns, several times. A lane re-reads the samples that waited in its look-ahead and the heads
+Writes a corpus of small shards with samples of 64 image codes and text, runs one lane over it to step 10,000 (some minutes), and from then on
+makes the lane again from states of both times, in turns, several times. A lane re-reads the samples that waited in its look-ahead and the heads
 of its current shards, however far it has come. How long those heads are changes from step to step; so states are taken over 60 steps, in
 which a lane goes through about one shard of each source.
 """
@@ -59,7 +59,8 @@ def bench(late: int = 10_000, num_shards: int = 400, samples_per_shard: int = 50
         overrides = {
             "vocabulary.text_model": str(folder / "text.model"),
             "data.sources": {
-                task: {"shards": f"{folder}/corpus-{task}-{{0000..{num_shards // 2 - 1:04d}}}.tar"} for task in ("understanding", "generation")
+                task: {"shards": f"{folder}/corpus-{task}-{{0000..{num_shards // 2 - 1:04d}}}.tar"}
+                for task in ("understanding", "generation")
             },
             "data.num_lanes": 1, "data.pack_tokens": 1280, "data.look_ahead_samples": 64,
         }  # fmt: skip
@@ -89,7 +90,8 @@ def bench(late: int = 10_000, num_shards: int = 400, samples_per_shard: int = 50
         },
         "late_over_early": statistics.mean(seconds["late"]) / statistics.mean(seconds["early"]),
         "samples_read_again": read_again,
-        "command": f"python tools/bench_resume.py --late={late} --num_shards={num_shards} --samples_per_shard={samples_per_shard} --repeats={repeats}",
+        "command": f"python tools/bench_resume.py --late={late} --num_shards={num_shards}"
+        f" --samples_per_shard={samples_per_shard} --repeats={repeats}",
     }
     print(json.dumps(result, indent=1))
     if out:

@@ -19,6 +19,7 @@ import os
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import fire
@@ -31,7 +32,7 @@ from torch.nn import functional
 
 from megavlm.costs import ModelShape
 from megavlm.data.pack.encode import EncodedSample, Span
-from megavlm.data.pack.pack import Costing, build_pack
+from megavlm.data.pack.pack import Costing, Pack, build_pack
 from megavlm.data.read.sample import Coordinates
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.routing import policies as p
@@ -282,9 +283,9 @@ def bench(
             pack.route.stages[1].active_K = torch.arange(pack.num_tokens)
         routed, dense = pack.to(device), pack.with_dense_route().to(device)
         share = pack.flops.sum() / pack.dense_flops.sum()
-        ways = {"dense": lambda: backbone(dense).sum(), "way": lambda: backbone(routed).sum()}
+        ways = {"dense": partial(_sum, backbone, dense), "way": partial(_sum, backbone, routed)}
         if name.startswith("masked"):
-            ways["way"] = lambda: masked_forward(backbone, routed)
+            ways["way"] = partial(masked_forward, backbone, routed)
         elif name.startswith("DeepSpeed"):
             # as many tokens per sample as random_ltd keeps on average, text included
             kept = round(np.mean(pack.route.stages[1].sequences.lengths))
@@ -306,6 +307,10 @@ def bench(
     path.write_text(json.dumps(result, indent=1))
     _show(result)
     _plot(result, path.with_suffix(".png"))
+
+
+def _sum(backbone: Backbone, pack: Pack) -> torch.Tensor:
+    return backbone(pack).sum()
 
 
 def _row(share: float, measured: dict) -> dict[str, float]:

@@ -18,6 +18,7 @@ import re
 import socket
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from megavlm.benchmarks import digits
@@ -111,7 +112,7 @@ def kill_again_and_again(folder: Path, kills: int, world_size: int, hidden_size:
         # some steps on, most often; sometimes any time from the very start. Counted in steps, for the machine may be busy
         if chance.random() < 0.85:
             num_steps_seen = chance.randint(1, 9)
-            wait_for(lambda text: len(re.findall(r"^step \d+/", text, re.M)) >= num_steps_seen, log, processes)
+            wait_for(partial(_shows_steps, num_steps_seen), log, processes)
             time.sleep(chance.uniform(0, 0.6))
         else:
             time.sleep(chance.uniform(0, 4))
@@ -143,6 +144,10 @@ def kill_again_and_again(folder: Path, kills: int, world_size: int, hidden_size:
         assert process.exitcode == 0, (folder / "last.txt").read_text()
     check_data(run, last)
     return counts | {"steps": last, "world_size": world_size, "seed": seed}
+
+
+def _shows_steps(num_steps: int, text: str) -> bool:
+    return len(re.findall(r"^step \d+/", text, re.M)) >= num_steps
 
 
 def wait_for(condition, log: Path, processes: list) -> None:

@@ -44,7 +44,7 @@ def block_of(name: str) -> str:
         return "embedding"
     if "lm_head" in name:
         return "head"
-    return "final_norm" if name.endswith("model.norm.weight") else name.split(".")[0]
+    return "final_norm" if name.endswith("model.norm.weight") else name.split(".", maxsplit=1)[0]
 
 
 def blocks_of(module: nn.Module) -> list[str]:

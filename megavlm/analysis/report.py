@@ -184,6 +184,6 @@ def _describe(candidate: Candidate, dense_flops: float) -> dict[str, Any]:
 
 def _remark(subject: Subject, chosen: Suggestion) -> str:
     return (
-        f"# suggested by `megavlm analyze drops` from {subject.model.checkpoint.name}: leaves {chosen.flops_share:.1%} of the forward FLOPs\n"
+        f"# suggested by `megavlm analyze drops` from {subject.model.checkpoint.name}: leaves {chosen.flops_share:.1%} of forward FLOPs\n"
         f"# of the probe's packs; the training's loss rose by {chosen.weighted_rise:.4f} without any training on the route\n"
     )

@@ -36,7 +36,7 @@ def nearest_path(path: str) -> str:
     given = path.split(".")
 
     def likeness(known: str) -> float:
-        leaf = known.split(".")[-1]
+        leaf = known.rsplit(".", maxsplit=1)[-1]
         whole = difflib.SequenceMatcher(None, known, path).ratio()
         return whole + difflib.SequenceMatcher(None, leaf, given[-1]).ratio() + (given[-1] in leaf.split("_"))
 

@@ -4,8 +4,8 @@
                                                 └─ means over factor x factor blocks ───▶ M compressed tokens  [M, D]
 
 Continuous they are what understanding reads. Discrete, each the nearest entry of a codebook, they are what generation predicts; the way
-back is `megavlm.image_tokenizers.decompressor`. Letters: N images, L = h·w dense codes, P = G + M tokens, V dense codes of the tokenizer, K entries of
-the plug-in's own codebook, D width of an embedding, W width inside the plug-in.
+back is `megavlm.image_tokenizers.decompressor`. Letters: N images, L = h·w dense codes, P = G + M tokens, V dense codes of the
+tokenizer, K entries of the plug-in's own codebook, D width of an embedding, W width inside the plug-in.
 
 Where the method leaves room, this was chosen: one codebook for both kinds of tokens, of the plug-in's own (a mean of embeddings
 lies between the tokenizer's codes, not on them); VQ-VAE's loss for it (arXiv 1711.00937); entries that nothing uses begin anew.

@@ -1,4 +1,4 @@
-"""Stage 1 of UniCompress: train a plug-in around a tokenizer, which stays as it is, on the images of shards (`megavlm.image_tokenizers.decompressor`).
+"""Stage 1 of UniCompress: train a plug-in (`megavlm.image_tokenizers.decompressor`) around a tokenizer, which stays as it is.
 
 At first nothing is quantised; then the codebook is put on features of the last batches, and entries that nothing chose for a while begin
 anew on features of the current batch (random restarts: Jukebox, arXiv 2005.00341), until the last part of the training.

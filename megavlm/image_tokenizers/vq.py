@@ -10,8 +10,8 @@ Sizes come from ``config.json``; weights are read when the first image is encode
     Janus       arXiv 2410.13848: the tokenizer of LlamaGen (arXiv 2406.06525), whose codes are directions: latent and codes are scaled to
                 length 1 before they are compared (arXiv 2110.04627). `transformers` does so when it decodes, not in its ``encode``
 
-Pixels are scaled to [-1, 1]; Emu3's folder may say otherwise in ``preprocessor_config.json``. A Janus model with ``3 p²`` input channels takes
-patches of p x p pixels as channels (`megavlm.image_tokenizers.vq_training` makes such).
+Pixels are scaled to [-1, 1]; Emu3's folder may say otherwise in ``preprocessor_config.json``. A Janus model with ``3 p²`` input channels
+takes patches of p x p pixels as channels (`megavlm.image_tokenizers.vq_training` makes such).
 """
 
 import hashlib
@@ -259,7 +259,7 @@ def read_vq_weights(path: Path) -> dict[str, torch.Tensor]:
     places = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            places |= {name: file for name in tensors.keys()}  # noqa: SIM118 (it is no mapping)
+            places |= dict.fromkeys(tensors.keys(), file)
     inside = {name: file for name, file in places.items() if "vqmodel." in name}
     weights = {}
     for file in sorted(set((inside or places).values())):

@@ -6,8 +6,8 @@ adversarial losses::
     x ── encoder ──▶ z, scaled to length 1 ── nearest code q ──▶ decoder ──▶ x'
     loss = |x - x'| + (x - x')² + 0.25 (z - stop(q))²              the gradient of q goes straight through to z
 
-Codes are directions (arXiv 2110.04627) and follow the moving average of the latents that chose them (appendix A.1 of the VQ-VAE). A code that is
-chosen less often than once in a while is dead, and is put on a latent of the current batch drawn at random (random restarts: Jukebox,
+Codes are directions (arXiv 2110.04627) and follow the moving average of the latents that chose them (appendix A.1 of the VQ-VAE). A code that
+is chosen less often than once in a while is dead, and is put on a latent of the current batch drawn at random (random restarts: Jukebox,
 arXiv 2005.00341; by a threshold on the moving average: SoundStream, arXiv 2107.03312).
 """
 

@@ -142,7 +142,7 @@ def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None =
             f"sbatch is not installed here; the script is {script}\n"
             f"  do:    submit it on a login node; or train on one node without SLURM: {job.torchrun(recipe_file)}"
         )
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, check=False, text=True)
     if done.returncode:
         raise MegavlmError(f"SLURM refuses {script}: {done.stderr.strip()}\n  do:    correct the options")
     number = done.stdout.strip().split(";")[0]

@@ -5,7 +5,7 @@ is inactive in a layer stays in the residual stream as it was: whether it is *dr
 again later) is only a matter of the later layers' shares.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, Field, GetCoreSchemaHandler
 
@@ -63,7 +63,7 @@ class AnyPolicy:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _source: Any, handler: GetCoreSchemaHandler):
-        return handler(Annotated[Union[tuple(POLICIES.values())], Field(discriminator="policy")])
+        return handler(Annotated[tuple(POLICIES.values()), Field(discriminator="policy")])
 
 
 @register_policy

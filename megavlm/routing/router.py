@@ -37,7 +37,7 @@ class Router:
         """Sum over gated tokens of the auxiliary loss that teaches the gates."""
         self._q_THd = self._k_THd = None
         self._orders: dict[tuple[int, int], torch.Tensor] = {}
-        self._alive_T = {task: None for task in route.candidates}
+        self._alive_T = dict.fromkeys(route.candidates)
 
     def enter(self, stage: Stage) -> torch.Tensor | None:
         """Active rows of a stage, ascending; None where that is all of them."""

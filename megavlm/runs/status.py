@@ -71,6 +71,7 @@ def queue_state(job: str) -> str:
         asked = subprocess.run(
             ["squeue", "--noheader", "--states=all", "--jobs", job, "--format", "%T (%r), nodes %N, time left %L"],
             capture_output=True,
+            check=False,
             text=True,
             timeout=20,
         )

@@ -27,8 +27,10 @@ def write_report(results: Results, command: str) -> Path:
     text = "\n\n".join([
         f"# {folder.name}",
         f"`{command}`",
-        f"Arms: {', '.join(study.tasks)} alone and both together, under {', '.join(study.policies)}; seeds {', '.join(map(str, results.seeds))};"
-        f" equal tokens per task and step in every arm, and equal steps unless a policy sets its own. {_about_intervals(summary['num_seeds'])}",
+        f"Arms: {', '.join(study.tasks)} alone and both together, under {', '.join(study.policies)};"
+        f" seeds {', '.join(map(str, results.seeds))};"
+        " equal tokens per task and step in every arm, and equal steps unless a policy sets its own."
+        f" {_about_intervals(summary['num_seeds'])}",
         "## What it says",
         "\n".join(f"- {line}" for line in statements(summary)),
         "![quality against FLOPs and time; synergy](report.png)",
@@ -40,8 +42,8 @@ def write_report(results: Results, command: str) -> Path:
             ["policy", "task", "metric", "alone", "joint", "synergy", "retained of dense"],
             [row for policy in summary["policies"] for row in _synergy_rows(summary, policy)],
         ),
-        "Synergy is signed so that positive is a gain. Alone is under the same policy. *Retained* is a share of the dense synergy, and is left out"
-        " where the seeds do not agree that dense training has any.",
+        "Synergy is signed so that positive is a gain. Alone is under the same policy. *Retained* is a share of the dense synergy, and is left"
+        " out where the seeds do not agree that dense training has any.",
         "## Every run",
         _table(["run", *_metric_names(summary), "labelled tokens", "PFLOPs", "CPU min"], _run_rows(results)),
     ])  # fmt: skip
@@ -54,8 +56,9 @@ def _about_intervals(num_seeds: int) -> str:
     if num_seeds >= ENOUGH_SEEDS:
         return "Intervals are 95% percentiles of the bootstrap over seeds."
     return (
-        f"Intervals are the whole range of the bootstrap over {num_seeds} seeds, which are too few for its percentiles: a difference is claimed"
-        f" where all seeds agree on its sign. Chance alone makes them agree in {chance_of_agreement(num_seeds):.0%} of cases, so a single claim is weak."
+        f"Intervals are the whole range of the bootstrap over {num_seeds} seeds, which are too few for its percentiles: a difference is"
+        f" claimed where all seeds agree on its sign. Chance alone makes them agree in {chance_of_agreement(num_seeds):.0%} of cases, so a"
+        " single claim is weak."
     )
 
 
@@ -113,7 +116,8 @@ def _statement(policy: str, entry: dict, task: str, name: str) -> str:
     found = entry["tasks"][task][name]
     gap, kept = found["joint_minus_dense_joint"], found["retained"]
     quality = "is below" if gap.high < 0 else "is above" if gap.low > 0 else "cannot be told from"
-    text = f"{policy}, {task}: at {entry['flops_share'].value:.0%} of dense FLOPs its joint quality {quality} dense joint training's ({gap:+.3g})"
+    share = entry["flops_share"].value
+    text = f"{policy}, {task}: at {share:.0%} of dense FLOPs its joint quality {quality} dense joint training's ({gap:+.3g})"
     if kept is None:
         return text + "."
     if kept.low >= 0.95:

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the backend is chosen)
+from matplotlib import pyplot
 
 
 def save_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path, columns: int = 10, title: str = "") -> None:

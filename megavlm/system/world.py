@@ -77,8 +77,8 @@ def without_place(environment) -> dict[str, str]:
 
 def _first_node(nodes: str) -> str:
     """The first host of a SLURM node list such as ``gpu[007-010,12],login``."""
-    if "[" not in nodes.split(",")[0]:
-        return nodes.split(",")[0]
+    if "[" not in nodes.split(",", maxsplit=1)[0]:
+        return nodes.split(",", maxsplit=1)[0]
     try:
         shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         return shown.stdout.split()[0]

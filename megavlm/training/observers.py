@@ -1,7 +1,7 @@
 """What may watch training without the trainer knowing it: instruments, drawings, validation.
 
-An observer is handed to the `Trainer` and called by all ranks together. It must not change what is trained, and calls the same collectives on
-every rank.
+An observer is handed to the `Trainer` and called by all ranks together. It must not change what is trained. It calls the same
+collectives on every rank.
 """
 
 from collections.abc import Callable

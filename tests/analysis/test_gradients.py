@@ -56,7 +56,7 @@ def test_the_tasks_gradients_add_up_to_that_of_the_step(two_tasks):
     for pack in packs:
         (backbone(pack) * factor_G).sum().backward()
     squares = {}
-    for (name, p), block in zip(backbone.named_parameters(), blocks_of(backbone), strict=True):
+    for (_name, p), block in zip(backbone.named_parameters(), blocks_of(backbone), strict=True):
         for b in (block, WHOLE):
             squares[b] = squares.get(b, 0.0) + float((p.grad**2).sum())
     assert set(found) == set(squares)

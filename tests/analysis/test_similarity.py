@@ -54,7 +54,7 @@ def test_pairs_are_the_same_codes_in_the_two_roles(drawn):
 
 
 def test_states_of_packs_are_those_of_transformers(drawn):
-    backbone, encoder, samples, costing = drawn
+    backbone, _encoder, samples, costing = drawn
     states = image_states(backbone, samples[:2], [s.spans[0] for s in samples[:2]], costing, "cpu")
     lm = backbone.causal_lm
     for n, sample in enumerate(samples[:2]):

@@ -20,7 +20,8 @@ SHAPES = {
     "chameleon": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "embed_dim": 8, "latent_channels": 8},
     "emu3": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "embed_dim": 4, "latent_channels": 4,
              "attn_resolutions": [1], "hidden_size": 32},
-    "janus": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "embed_dim": 8, "latent_channels": 8, "num_patches": 4},
+    "janus": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "embed_dim": 8, "latent_channels": 8}
+    | {"num_patches": 4},
 }  # fmt: skip
 CLASSES = {"chameleon": "ChameleonVQVAE", "emu3": "Emu3VQVAE", "janus": "JanusVQVAE"}
 
@@ -100,7 +101,7 @@ def test_any_size_is_scaled_to_cover_and_cut(vq):
 
 
 def test_sizes_need_no_weights(vq, digits_folder):
-    _, model, folder = vq
+    _, _model, folder = vq
     (folder / "model.safetensors").unlink()
     text = {"vocabulary.text_model": str(digits_folder / "text.model")}
     config = load_config("digits", text | {"vocabulary.image_tokenizer": {"kind": "vq", "path": str(folder), "height": 4, "width": 4}})
@@ -113,7 +114,7 @@ def test_sizes_need_no_weights(vq, digits_folder):
 
 
 def test_mistakes_are_told(vq, tmp_path):
-    family, model, folder = vq
+    _family, _model, folder = vq
     with pytest.raises(ConfigError, match="holds no config.json"):
         VQTokenizer(tmp_path / "nothing", 4, 4)
     with pytest.raises(ConfigError, match="another VQ model than the run began with"):

@@ -42,7 +42,7 @@ def test_its_mistakes_are_reported_like_any_other(module, make_config):
 def test_it_may_not_drop_what_the_model_draws(module, make_config):
     config = make_config({"routing.modules": [module], "routing.generation": {"policy": "barrel"}})
     with pytest.raises(ConfigError, match="barrel drops tokens before their loss"):
-        Parts(config).plan
+        _ = Parts(config).plan
 
 
 def test_a_module_that_cannot_be_imported(make_config):

@@ -10,7 +10,6 @@ from megavlm.study.report import statements, summarize
 from megavlm.study.results import Results
 from megavlm.study.spec import Metric, StudyConfig
 from megavlm.study.statistics import bootstrap, gain, retained
-from tests.study.test_spec import make_study  # noqa: F401 (a fixture)
 
 
 def test_the_interval_of_few_seeds_is_their_range_and_of_many_the_bootstraps_percentiles():
@@ -48,7 +47,7 @@ def results_of(make_study, quality: dict) -> Results:
     return Results(study, runs)
 
 
-def test_statements_say_no_more_than_the_intervals(make_study):  # noqa: F811
+def test_statements_say_no_more_than_the_intervals(make_study):
     none = [0.0, 0.0, 0.0]
     found = results_of(make_study, {
         ("dense", "joint"): ([0.9, 0.91, 0.92], [50, 60, 40]), ("dense", "understanding"): ([0.8, 0.8, 0.8], none),
@@ -66,7 +65,7 @@ def test_statements_say_no_more_than_the_intervals(make_study):  # noqa: F811
     assert "is open" in lines[2] and "retain" not in lines[3] and "synergy" not in lines[3] and "is above" in lines[3]
 
 
-def test_only_seeds_that_are_complete_are_compared(make_study):  # noqa: F811
+def test_only_seeds_that_are_complete_are_compared(make_study):
     quality = {(policy, data): ([0, 0, 0], [0, 0, 0]) for policy in ("dense", "other") for data in ("joint", "understanding", "generation")}
     found = results_of(make_study, quality)
     del found.runs["other", "joint", 1]
@@ -74,7 +73,7 @@ def test_only_seeds_that_are_complete_are_compared(make_study):  # noqa: F811
     assert statements(summarize(found)) == ["With 2 complete seeds nothing is claimed; three are the least."]
 
 
-def test_a_study_from_nothing_and_again(make_study, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_study_from_nothing_and_again(make_study, tmp_path, monkeypatch, capsys):
     study = make_study(policies={"dense": {}}, seeds=[0], overrides=make_study().overrides | {"optimizer.num_steps": 2})
     import yaml
 

@@ -55,7 +55,7 @@ def read_shard(url: str, source: str = "", open_url: Callable[[str], BinaryIO] =
     Raises:
         DataError: Where the shard cannot be opened or ends before its end.
     """
-    path = url.split("?")[0].lower()
+    path = url.split("?", maxsplit=1)[0].lower()
     read = _read_lines if path.endswith(".jsonl") else _read_list if path.endswith(".json") else _read_tar
     try:
         with open_url(url) as stream:

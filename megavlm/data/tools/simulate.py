@@ -136,7 +136,7 @@ def simulate_lane(situation: Situation, number: int, num_steps: int, packer: str
         elapsed_s += time.thread_time() - begin
         costs_sc.append(np.sum([costs[i] for i in chosen], axis=0))
         tokens_s.append(sum(tokens[i] for i in chosen))
-        longest = max(longest, max(step - since[i] for i in chosen))
+        longest = max(longest, *(step - since[i] for i in chosen))
         taken = set(chosen)
         waiting, costs, tokens, since = (
             [value for i, value in enumerate(values) if i not in taken] for values in (waiting, costs, tokens, since)

@@ -9,6 +9,7 @@ tokenizer, which treats "isn't" and the like otherwise: figures are close to the
 import math
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +84,21 @@ def cider_d(candidates: list[list[str]], references: list[list[list[str]]]) -> l
     scores = [0.0] * len(candidates)
     for n in range(1, MAX_N + 1):
         images_with = Counter(gram for refs in references for gram in set().union(*(_grams(r, n) for r in refs)))
-
-        def vector(tokens):
-            return {gram: count * math.log(len(references) / max(1, images_with[gram])) for gram, count in _grams(tokens, n).items()}
-
+        weigh = partial(_weighted, n=n, images_with=images_with, num_images=len(references))
         for i, (candidate, refs) in enumerate(zip(candidates, references)):
-            g_c = vector(candidate)
+            g_c = weigh(candidate)
             for ref in refs:
-                g_r = vector(ref)
+                g_r = weigh(ref)
                 norms = math.hypot(*g_c.values()) * math.hypot(*g_r.values())
                 dot = sum(min(weight, g_r[gram]) * g_r[gram] for gram, weight in g_c.items() if gram in g_r)
                 penalty = math.exp(-((len(candidate) - len(ref)) ** 2) / (2 * SIGMA**2))
                 scores[i] += 10 / len(refs) * penalty * dot / norms / MAX_N if norms else 0.0
     return scores
+
+
+def _weighted(tokens: list[str], n: int, images_with: Counter, num_images: int) -> dict[tuple[str, ...], float]:
+    """The n-grams of a caption, each with its count times the logarithm of how rare it is."""
+    return {gram: count * math.log(num_images / max(1, images_with[gram])) for gram, count in _grams(tokens, n).items()}
 
 
 class CaptionScore:

@@ -143,7 +143,7 @@ def test_no_sample_waits_longer_than_the_look_ahead(make_factory, corpus_sources
     lane, before = factory(0), []
     waited = Counter()
     for _ in range(200):
-        pack, state = next(lane)
+        _pack, state = next(lane)
         before = [tuple(place) for place in state["waiting"]]
         waited = Counter({place: waited[place] + 1 for place in before})
         assert max(waited.values()) < 12
