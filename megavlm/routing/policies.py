@@ -5,7 +5,7 @@ is inactive in a layer stays in the residual stream as it was: whether it is *dr
 again later) is only a matter of the later layers' shares.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 
 from pydantic import AfterValidator, Field, GetCoreSchemaHandler
 
@@ -63,7 +63,8 @@ class AnyPolicy:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _source: Any, handler: GetCoreSchemaHandler):
-        return handler(Annotated[tuple(POLICIES.values()), Field(discriminator="policy")])
+        # of as many classes as are registered, which the | of types cannot say
+        return handler(Annotated[Union[tuple(POLICIES.values())], Field(discriminator="policy")])  # noqa: UP007
 
 
 @register_policy

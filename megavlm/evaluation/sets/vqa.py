@@ -17,52 +17,13 @@ from megavlm.errors import MegavlmError
 from megavlm.evaluation.sets.entries import BadEntries, Item, load_json, parse_entries, read_entries
 
 ARTICLES = {"a", "an", "the"}
-NUMBERS = {
-    word: str(n) for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
-} | {"none": "0"}
+NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
 CONTRACTIONS = {
     f"{stem}t": f"{stem}'t"
-    for stem in [
-        "ain",
-        "aren",
-        "can",
-        "couldn",
-        "didn",
-        "doesn",
-        "don",
-        "hadn",
-        "hasn",
-        "haven",
-        "isn",
-        "mightn",
-        "mustn",
-        "needn",
-        "shouldn",
-        "wasn",
-        "weren",
-        "won",
-        "wouldn",
-    ]
+    for stem in "ain aren can couldn didn doesn don hadn hasn haven isn mightn mustn needn shouldn wasn weren won wouldn".split()
 } | {
     word.replace("'", ""): word
-    for word in [
-        "i'm",
-        "i've",
-        "you're",
-        "you've",
-        "he's",
-        "she's",
-        "that's",
-        "there's",
-        "they're",
-        "they've",
-        "we've",
-        "what's",
-        "where's",
-        "who's",
-        "could've",
-        "should've",
-    ]
+    for word in "i'm i've you're you've he's she's that's there's they're they've we've what's where's who's could've should've".split()
 }
 NUM_ANNOTATORS = 10
 """People who answered each question of VQA; the score is defined on them."""
