@@ -1,0 +1,224 @@
+"""What all fuzzers share: a process that tries cases under limits, the verdict on each, and a table of all.
+
+    table = try_cases(train_one_step, {"optimizer.eps=inf": {...}, ...}, seconds=30)
+    print(table)
+    table.check()
+
+A spawned process imports what is slow once. Every case then runs in a fork of it: nothing that a case leaves behind reaches the
+next one, and a hang, a crash or too much memory ends that case only. A case may end in two ways: the function returns a word for what
+it did ("trained"), or it raises a `MegavlmError` whose message says what to do. All else is a failure: another exception, a hang, a
+process that died, or more than `GROWTH_BYTES` of memory.
+"""
+
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megavlm.errors import MegavlmError
+
+GROWTH_BYTES = 2 << 30
+"""More memory than this for one case is a failure."""
+LONGEST_MESSAGE = 4000
+"""Characters: nobody reads more."""
+FAILURES = ("uncaught", "undocumented", "hang", "died", "memory")
+PRELOAD = ("torch", "deepspeed", "megavlm.launch.train", "megavlm.training.trainer", "megavlm.observers.drawings", "megavlm.parts.resolve")
+_POLL_S = 0.01
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a case, and where its process leaves the result."""
+
+    seconds: float
+    growth_bytes: int
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one case ended."""
+
+    name: str
+    kind: str
+    """`refused` (a documented message), what the function returned, or one of `FAILURES`."""
+    detail: str
+    """The message, or the traceback."""
+    seconds: float
+    growth_bytes: int
+    """Most memory that the case had beyond what its process began with."""
+
+
+@dataclass
+class Table:
+    """All cases of a fuzzer."""
+
+    title: str
+    outcomes: list[Outcome] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.kind in FAILURES]
+
+    def __str__(self) -> str:
+        counts = Counter(outcome.kind for outcome in self.outcomes)
+        slowest = max(self.outcomes, key=lambda outcome: outcome.seconds)
+        largest = max(self.outcomes, key=lambda outcome: outcome.growth_bytes)
+        lines = [
+            f"{self.title}: {len(self.outcomes)} cases in {self.seconds:.0f} s",
+            *(f"  {kind:<14}{count:>6}" for kind, count in counts.most_common()),
+            f"  longest case  {slowest.seconds:.1f} s  ({slowest.name[:80]})",
+            f"  most memory   {largest.growth_bytes / 2**20:.0f} MiB  ({largest.name[:80]})",
+        ]
+        return "\n".join(lines)
+
+    def check(self, show: int = 20) -> None:
+        """Raises an AssertionError with the table and the first failures, if there are any."""
+        shown = [f"\n--- {bad.kind}: {bad.name[:400]}\n{bad.detail[-3000:]}" for bad in self.failures[:show]]
+        assert not self.failures, f"{self}\n" + "\n".join(shown)
+
+
+def try_cases(
+    function: Callable[..., str],
+    cases: Mapping[str, Sequence[Any]],
+    *,
+    seconds: float,
+    growth_bytes: int = GROWTH_BYTES,
+    title: str = "",
+    preload: Sequence[str] = PRELOAD,
+) -> Table:
+    """Try every case in a process of its own.
+
+    Args:
+        function: Called with the arguments of a case; returns a word for what it did. Module-level: it is pickled.
+        cases: Name, from which a person can repeat it → the arguments (picklable).
+        seconds: A case that takes longer hangs.
+        growth_bytes: A case that takes more memory fails.
+        title: Of the table.
+        preload: Modules to import before the first case.
+    """
+    table, begin = Table(title or function.__name__), time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    with tempfile.TemporaryDirectory() as scratch:
+        limits = Limits(seconds, growth_bytes, Path(scratch))
+        nursery = context.Process(target=_serve, args=(there, pickle.dumps(function), tuple(preload), limits), daemon=False)
+        nursery.start()
+        there.close()
+        try:
+            for name, arguments in cases.items():
+                here.send_bytes(pickle.dumps((name, tuple(arguments))))
+                table.outcomes.append(here.recv())
+        finally:
+            here.close()
+            nursery.join()
+    table.seconds = time.monotonic() - begin
+    return table
+
+
+def judge(function: Callable[..., str], arguments: Sequence[Any]) -> tuple[str, str]:
+    """Call the function here: the kind of its end, and the message or traceback."""
+    try:
+        return function(*arguments), ""
+    except MegavlmError as error:
+        try:
+            message = str(error)
+            kind = "refused" if is_documented(message) else "undocumented"
+            return kind, message if kind == "refused" else message[:2000] + "\n" + traceback.format_exc()[-2000:]
+        except Exception:
+            return "undocumented", traceback.format_exc()
+    except BaseException:
+        return "uncaught", traceback.format_exc()
+
+
+def is_documented(message: str) -> bool:
+    """Whether a message says what is wrong and what to do, in a length that is read, and can be printed."""
+    message.encode()
+    head, _, remedy = message.partition("\n  do:")
+    return bool(head.strip() and remedy.strip()) and len(message) < LONGEST_MESSAGE and "Traceback" not in message
+
+
+def _serve(connection, function: bytes, preload: Sequence[str], limits: Limits) -> None:
+    """The spawned process: forks a child for every case that arrives, until the pipe closes."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for module in preload:
+        importlib.import_module(module)
+    call = pickle.loads(function)
+    while True:
+        try:
+            name, arguments = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        connection.send(_watch(name, call, arguments, limits))
+
+
+def _watch(name: str, call: Callable[..., str], arguments: Sequence[Any], limits: Limits) -> Outcome:
+    """Fork a child for the case, and end it where it exceeds the limits."""
+    result, output = limits.scratch / "result", limits.scratch / "output"
+    result.unlink(missing_ok=True)
+    begin, own, largest, kind = time.monotonic(), _memory(os.getpid()), 0, ""
+    child = os.fork()
+    if child == 0:
+        _run_in_child(call, arguments, limits.seconds, result, output)
+    while not kind:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        largest = max(largest, _memory(child) - own)
+        if largest > limits.growth_bytes:
+            kind = "memory"
+        elif time.monotonic() - begin > limits.seconds:
+            kind = "hang"
+        else:
+            time.sleep(_POLL_S)
+    # also what it started itself
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    if kind:
+        os.waitpid(child, 0)
+        detail = output.read_text(errors="replace")[-4000:]
+    elif result.exists():
+        kind, detail, peak = pickle.loads(result.read_bytes())
+        largest = max(largest, peak - own)
+        if largest > limits.growth_bytes:
+            kind = "memory"
+    else:
+        kind, detail = "died", f"wait status {status}\n{output.read_text(errors='replace')[-4000:]}"
+    return Outcome(name, kind, detail, time.monotonic() - begin, max(0, largest))
+
+
+def _run_in_child(call: Callable[..., str], arguments: Sequence[Any], seconds: float, result: Path, output: Path) -> None:
+    os.setsid()
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # a hang says where
+    faulthandler.dump_traceback_later(max(0.5, seconds - 1), file=2)
+    kind, detail = judge(call, arguments)
+    temporary = result.with_suffix(".part")
+    temporary.write_bytes(pickle.dumps((kind, detail, _memory(os.getpid(), "VmHWM"))))
+    temporary.replace(result)
+    os._exit(0)
+
+
+def _memory(process: int, what: str = "VmRSS") -> int:
+    """Bytes of memory that a process has, or had at most (VmHWM); 0 of one that is gone."""
+    try:
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith(what + ":"):
+                return int(line.split()[1]) * 1024
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return 0
