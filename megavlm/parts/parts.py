@@ -70,10 +70,11 @@ class Parts:
 
     @cached_property
     def plan(self) -> RoutingPlan:
-        """The policies with their schedule over the run."""
+        """The policies with their schedule over the run; needs nothing that lies on the disk."""
         routing = self.config.routing
+        num_layers = AutoConfig.for_model(**self.config.model.architecture).num_hidden_layers
         schedule = Schedule(self.config.optimizer.num_steps, routing.warmup_fraction, routing.dense_finish_fraction)
-        return RoutingPlan(routing.understanding, routing.generation, self.shape.num_layers, schedule)
+        return RoutingPlan(routing.understanding, routing.generation, num_layers, schedule)
 
     @cached_property
     def costing(self) -> Costing:
