@@ -22,13 +22,13 @@ import tokenizers
 from megavlm.errors import ConfigError
 from megavlm.image_tokenizers.build import ImageTokenizerConfig
 from megavlm.image_tokenizers.pixel import PixelTokenizerConfig
-from megavlm.settings import Settings
+from megavlm.settings import PathText, Settings
 
 
 class VocabularyConfig(Settings):
     """What ids mean: text pieces, special tokens, image codes."""
 
-    text_model: str
+    text_model: PathText
     """Path of a SentencePiece model, or of a Hugging Face folder with `tokenizer.json`; a copy is kept in the run folder."""
     image_tokenizer: ImageTokenizerConfig = PixelTokenizerConfig()
     """How images become codes."""

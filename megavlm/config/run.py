@@ -1,7 +1,5 @@
 """A complete run: the settings of every part."""
 
-from pydantic import Field
-
 from megavlm.data.pack.config import DataConfig
 from megavlm.engine.guard import FaultConfig
 from megavlm.engine.schedule import OptimizerConfig
@@ -12,18 +10,18 @@ from megavlm.model.loss import LossConfig
 from megavlm.monitor.metrics import MonitorConfig
 from megavlm.routing.plan import RoutingConfig
 from megavlm.runs.retention import CheckpointConfig
-from megavlm.settings import Settings
+from megavlm.settings import PathText, Seed, Settings
 from megavlm.vocabulary import VocabularyConfig
 
 
 class RunConfig(Settings):
     """A complete run."""
 
-    run_dir: str
+    run_dir: PathText
     """Folder for everything that the run writes."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Seed = 0
     """Of weights, data order, routing and drawing."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Begin with the weights of another run (its folder, or one of its checkpoints), of an exported folder, or of a pretrained Hugging Face
     model. Only weights: the optimizer, the schedule and the data begin anew. Without effect once the run has a checkpoint of its own."""
     model: ModelConfig

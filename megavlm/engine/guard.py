@@ -15,21 +15,21 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from megavlm.settings import Positive, Settings
+from megavlm.settings import Number, Positive, Seconds, Settings
 
 
 class FaultConfig(Settings):
     """Bad steps and hanging ones."""
 
-    spike_sigmas: Annotated[float, Field(gt=0)] = 6.0
+    spike_sigmas: Annotated[Number, Field(gt=0, le=1e6)] = 6.0
     """A step is skipped if its loss or gradient norm lies so many standard deviations above the mean of the window."""
-    spike_window_steps: Annotated[int, Field(ge=2)] = 128
+    spike_window_steps: Annotated[Positive, Field(ge=2, le=10**6)] = 128
     """Accepted steps that mean and deviation are taken over; nothing is a spike until there are so many."""
     max_skipped_in_a_row: Positive = 10
     """The run ends when so many steps in a row were skipped."""
-    step_budget_s: Positive = 1800
+    step_budget_s: Seconds = 1800
     """The watchdog ends a step that takes longer, with the stacks of all ranks; until the first step is done."""
-    steady_step_budget_factor: Annotated[float, Field(gt=1)] = 20.0
+    steady_step_budget_factor: Annotated[Number, Field(gt=1, le=1e6)] = 20.0
     """From then on the budget is this many times the slowest of the last steps, but at least a minute and at most `step_budget_s`."""
 
 

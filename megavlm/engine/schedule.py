@@ -5,7 +5,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megavlm.settings import Positive, Settings, Share
+from megavlm.settings import Count, Number, Positive, Settings, Share
+
+Decay = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Settings):
@@ -13,19 +15,19 @@ class OptimizerConfig(Settings):
 
     num_steps: Positive
     """Optimizer steps of the run."""
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[Number, Field(gt=0, le=10)]
     """Peak learning rate."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     """Steps of linear warm-up."""
     min_lr_ratio: Share = 0.1
     """Learning rate at the last step, relative to the peak."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[Number, Field(ge=1e-15, le=1)] = 1e-8
     """AdamW's epsilon."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[Number, Field(ge=0, le=10)] = 0.1
     """For matrices; norms and biases have none."""
-    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    gradient_clipping: Annotated[Number, Field(ge=0, le=1e6)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
 

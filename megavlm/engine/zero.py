@@ -8,7 +8,7 @@ from pydantic import Field
 
 from megavlm.engine.guard import Guard, GuardedAdamW
 from megavlm.engine.schedule import OptimizerConfig
-from megavlm.settings import Positive, Settings
+from megavlm.settings import Number, PathText, Positive, Seconds, Settings
 from megavlm.system.files import find_resource
 from megavlm.system.world import World
 
@@ -16,15 +16,15 @@ from megavlm.system.world import World
 class EngineConfig(Settings):
     """DeepSpeed and the processes."""
 
-    deepspeed: str = "zero3"
+    deepspeed: PathText = "zero3"
     """Name of a JSON file in `ds_configs/`, or a path. Batch sizes, precision and clipping are set by the recipe."""
-    timeout_s: Positive = 600
+    timeout_s: Seconds = 600
     """A collective that takes longer is an error instead of a hang; until the first step is done."""
-    step_timeout_s: Positive = 300
+    step_timeout_s: Seconds = 300
     """The same from then on. Drawings and reports between steps must fit in too."""
     gc_every_steps: Positive = 100
     """Python's garbage is collected at these steps, on all ranks together, and at no other time."""
-    stop_margin_s: Annotated[float, Field(ge=0)] = 20.0
+    stop_margin_s: Annotated[Number, Field(ge=0, le=1e6)] = 20.0
     """Before the job's time limit a run saves and ends; so long before it needs to, going by earlier saves and steps."""
 
 

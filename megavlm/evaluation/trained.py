@@ -16,23 +16,23 @@ from megavlm.image_tokenizers.protocol import ImageTokenizer
 from megavlm.model.backbone import Backbone
 from megavlm.randomness import Purpose, integer_seed
 from megavlm.runs.folder import RunFolder
-from megavlm.settings import Positive, Settings
+from megavlm.settings import Count, Number, PathText, Positive, Settings
 
 
 class EvaluationConfig(Settings):
     """How `megavlm evaluate` samples and what it judges with."""
 
-    benchmark: str | None = None
+    benchmark: PathText | None = None
     """What is asked and who judges: digits, shapes, or `module:Class` (see `megavlm.evaluation.benchmark`)."""
     shards: str | list[str] | None = None
     """The held-out samples of the benchmark."""
-    num_drawings: Positive = 200
+    num_drawings: Annotated[Positive, Field(le=10**6)] = 200
     """Images to draw, evenly over the benchmark's prompts."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[Number, Field(ge=1e-4, le=1e4)] = 1.0
     """Softmax temperature of the drawing."""
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Count = 0
     """Draw among the k most likely codes; 0 is all of them."""
-    guidance: Annotated[float, Field(ge=0)] = 1.0
+    guidance: Annotated[Number, Field(ge=0, le=1000)] = 1.0
     """Classifier-free guidance scale; 1 is none."""
     route: Literal["dense", "trained"] = "dense"
     """Which tokens are active when the model is judged or draws: all, or as the policies of the training have it, in full."""

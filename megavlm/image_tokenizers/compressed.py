@@ -27,7 +27,7 @@ from megavlm.image_tokenizers.decompressor import PlugIn
 from megavlm.image_tokenizers.pixel import PixelTokenizerConfig
 from megavlm.image_tokenizers.protocol import Features, ImageTokenizer, codes_of_member
 from megavlm.image_tokenizers.vq import VQTokenizerConfig
-from megavlm.settings import Settings
+from megavlm.settings import PathText, Settings
 
 
 class CompressedTokenizerConfig(Settings):
@@ -35,7 +35,7 @@ class CompressedTokenizerConfig(Settings):
 
     kind: Literal["compressed"]
     """Which tokenizer."""
-    path: str
+    path: PathText
     """Folder written by `megavlm data compressor`. It is not copied into the run folder."""
     around: Annotated[PixelTokenizerConfig | VQTokenizerConfig, Field(discriminator="kind")]
     """The tokenizer that the plug-in was trained around."""

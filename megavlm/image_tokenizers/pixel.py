@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from megavlm.image_tokenizers.protocol import DenseCodes
-from megavlm.settings import Positive, Settings
+from megavlm.image_tokenizers.protocol import DenseCodes, Side
+from megavlm.settings import Settings, Whole
 
 
 class PixelTokenizerConfig(Settings):
@@ -17,11 +17,11 @@ class PixelTokenizerConfig(Settings):
 
     kind: Literal["pixel"] = "pixel"
     """Which tokenizer."""
-    levels: Annotated[int, Field(ge=2, le=256)] = 17
+    levels: Annotated[Whole, Field(ge=2, le=256)] = 17
     """Size of the codebook: number of grey levels."""
-    height: Positive = 8
+    height: Side = 8
     """Rows of codes per image."""
-    width: Positive = 8
+    width: Side = 8
     """Columns of codes per image."""
 
 

@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from megavlm.errors import DataError
+from megavlm.settings import Positive
+
+Side = Annotated[Positive, Field(le=1024)]
+"""Rows or columns of codes of one image."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,8 +30,8 @@ from safetensors import safe_open
 from torch.nn import functional
 
 from megavlm.errors import ConfigError
-from megavlm.image_tokenizers.protocol import DenseCodes
-from megavlm.settings import Positive, Settings
+from megavlm.image_tokenizers.protocol import DenseCodes, Side
+from megavlm.settings import PathText, Settings
 
 
 class VQTokenizerConfig(Settings):
@@ -39,11 +39,11 @@ class VQTokenizerConfig(Settings):
 
     kind: Literal["vq"]
     """Which tokenizer."""
-    path: str
+    path: PathText
     """Folder written by `save_pretrained`, of the VQ model or of the whole model around it. It is not copied into the run folder."""
-    height: Positive
+    height: Side
     """Rows of codes per image."""
-    width: Positive
+    width: Side
     """Columns of codes per image."""
     fingerprint: str | None = None
     """Filled in at the start of a run: the SHA-256 of the VQ model. A run does not go on with another one."""

@@ -33,7 +33,7 @@ from megavlm.routing.plan import RoutingPlan
 from megavlm.routing.route import Stage
 from megavlm.routing.router import Router
 from megavlm.routing.tasks import TASKS, Task
-from megavlm.settings import Settings
+from megavlm.settings import Settings, Switch
 
 NOT_ARCHITECTURE = ("vocab_size", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "_name_or_path",
                     "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
@@ -58,7 +58,7 @@ class ModelConfig(Settings):
     `vocab_size` is set by the vocabulary."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; `auto` is bfloat16 on CUDA and float32 on CPU."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Switch = False
     """Recompute each layer in the backward pass instead of storing its activations."""
 
 

@@ -9,19 +9,19 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from megavlm.settings import Positive, Settings
+from megavlm.settings import Number, Positive, Settings
 
 
 class LossConfig(Settings):
     """Next-token cross-entropy per task."""
 
-    task_weights: dict[Literal["understanding", "generation", "text"], Annotated[float, Field(ge=0)]] = {
+    task_weights: dict[Literal["understanding", "generation", "text"], Annotated[Number, Field(ge=0, le=1e6)]] = {
         "understanding": 1.0,
         "generation": 1.0,
         "text": 1.0,
     }
     """Factor of each task's mean loss. A task that is not named has weight 1."""
-    gate_weight: Annotated[float, Field(ge=0)] = 0.01
+    gate_weight: Annotated[Number, Field(ge=0, le=1e6)] = 0.01
     """Factor of the auxiliary loss of learned gates (policy `mixture_of_depths`), a mean over image tokens."""
     chunk_rows: Positive = 4096
     """Labelled rows that go through the output head at a time (bounds the memory of the logits)."""

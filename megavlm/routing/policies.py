@@ -11,9 +11,9 @@ from pydantic import AfterValidator, Field, GetCoreSchemaHandler
 
 from megavlm.errors import ConfigError
 from megavlm.routing.selectors import check_selector
-from megavlm.settings import Settings
+from megavlm.settings import MOST, Count, Number, Positive, Settings, Whole
 
-KeepRatio = Annotated[float, Field(gt=0, le=1)]
+KeepRatio = Annotated[Number, Field(gt=0, le=1)]
 Selector = Annotated[str, AfterValidator(check_selector)]
 
 
@@ -83,7 +83,7 @@ class LateDrop(Policy):
     (arXiv 2606.01503, layerwise attention analysis; FastV, arXiv 2403.06764)."""
 
     policy: Literal["late_drop"] = "late_drop"
-    after_layer: Annotated[int, Field(ge=1)]
+    after_layer: Positive
     """Number of layers that see the image."""
 
     def layers(self, num_layers: int) -> list[LayerPlan]:
@@ -96,7 +96,7 @@ class LateEntry(Policy):
     """Image tokens join at a layer: shallow layers hardly use them (HiDrop, arXiv 2602.23699)."""
 
     policy: Literal["late_entry"] = "late_entry"
-    at_layer: Annotated[int, Field(ge=1)]
+    at_layer: Positive
     """First layer that sees the image."""
 
     def layers(self, num_layers: int) -> list[LayerPlan]:
@@ -112,7 +112,7 @@ class Pyramid(Policy):
     policy: Literal["pyramid"] = "pyramid"
     keep_ratio: KeepRatio = 0.5
     """Share of the tokens of one part that goes on to the next."""
-    num_parts: Annotated[int, Field(ge=2)] = 4
+    num_parts: Annotated[Positive, Field(ge=2)] = 4
     """Parts of equally many layers; the first is dense."""
     selector: Selector = "random"
     """Which tokens go on."""
@@ -144,9 +144,9 @@ class Bypass(Policy):
 
     keep_ratio: KeepRatio = 0.5
     """Share of the tokens inside the block."""
-    first_layer: Annotated[int, Field(ge=0)]
+    first_layer: Count
     """First layer of the block."""
-    end_layer: int
+    end_layer: Annotated[Whole, Field(ge=-MOST, le=MOST)]
     """First layer after the block; negative counts from the end, so that -1 leaves one dense layer."""
     selector: Selector = "random"
     """Which tokens stay."""
@@ -164,9 +164,9 @@ class Tread(Bypass):
     """One long bypass for half of the tokens, in training only (TREAD, arXiv 2501.04765: layers 2 to 8 of 12)."""
 
     policy: Literal["tread"] = "tread"
-    first_layer: Annotated[int, Field(ge=0)] = 2
+    first_layer: Count = 2
     """First layer of the block."""
-    end_layer: int = -4
+    end_layer: Annotated[Whole, Field(ge=-MOST, le=MOST)] = -4
     """First layer after the block; negative counts from the end."""
 
 
@@ -179,9 +179,9 @@ class SharedBypass(Bypass):
     """
 
     policy: Literal["shared_bypass"] = "shared_bypass"
-    first_layer: Annotated[int, Field(ge=1)] = 1
+    first_layer: Positive = 1
     """First layer of the block, the same for both tasks."""
-    end_layer: int = -1
+    end_layer: Annotated[Whole, Field(ge=-MOST, le=MOST)] = -1
     """First layer after the block, the same for both tasks; negative counts from the end."""
 
 
@@ -227,9 +227,9 @@ class Merge(Policy):
     as it stands for (ToMe, arXiv 2210.09461)."""
 
     policy: Literal["merge"] = "merge"
-    at_layer: Annotated[int, Field(ge=1)]
+    at_layer: Positive
     """Layers before the merge."""
-    keep_ratio: Annotated[float, Field(ge=0.5, le=1)] = 0.5
+    keep_ratio: Annotated[Number, Field(ge=0.5, le=1)] = 0.5
     """Share of the tokens that is left; at most every second one can merge."""
 
     def layers(self, num_layers: int) -> list[LayerPlan]:

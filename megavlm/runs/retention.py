@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from megavlm.runs.manifest import read_manifest, step_of
-from megavlm.settings import Positive, Settings
+from megavlm.settings import Count, Positive, Settings, Switch
 
 
 class CheckpointConfig(Settings):
@@ -15,13 +13,13 @@ class CheckpointConfig(Settings):
 
     every_steps: Positive = 500
     """Steps between checkpoints."""
-    background: bool = True
+    background: Switch = True
     """Write while training goes on, from a copy in host memory; otherwise training waits."""
     keep_last: Positive = 2
     """The newest so many stay."""
     keep_every_steps: Positive | None = None
     """Checkpoints at multiples of this stay for ever."""
-    keep_best: Annotated[int, Field(ge=0)] = 0
+    keep_best: Count = 0
     """The best so many by `best_metric` stay as well."""
     best_metric: str = "loss/generation"
     """TensorBoard tag, as reported last before the save."""

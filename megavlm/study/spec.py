@@ -18,7 +18,7 @@ from megavlm.errors import ConfigError
 from megavlm.parts.parts import Parts
 from megavlm.routing.plan import RoutingConfig
 from megavlm.routing.policies import Dense
-from megavlm.settings import Settings
+from megavlm.settings import Name, PathText, Seed, Settings
 from megavlm.system.files import find_resource
 
 JOINT, DENSE = "joint", "dense"
@@ -27,7 +27,7 @@ JOINT, DENSE = "joint", "dense"
 class Metric(Settings):
     """One number of `evaluation.json`."""
 
-    name: str
+    name: Name
     """As the report calls it."""
     path: str
     """Where it stands in `evaluation.json`, dotted."""
@@ -49,18 +49,18 @@ class StudyTask(Settings):
 class StudyConfig(Settings):
     """A study."""
 
-    study_dir: str
+    study_dir: PathText
     """Folder for the runs (`runs/`) and the report."""
-    recipe: str
+    recipe: PathText
     """The recipe that all arms share: a path or a name."""
     overrides: dict[str, Any] = {}
     """Dotted path → value, for all arms."""
     tasks: Annotated[dict[Literal["understanding", "generation"], StudyTask], Field(min_length=2)]
     """The tasks."""
-    policies: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    policies: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     """Name → dotted path → value: mostly `routing.understanding` and `routing.generation`, and `evaluation.route: trained` for models that
     must be judged as they were trained. One is called `dense`: the others are compared with it."""
-    seeds: Annotated[list[int], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     """Each is a repetition of the whole study."""
 
 

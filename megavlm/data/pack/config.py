@@ -7,13 +7,13 @@ from pydantic import Field
 
 from megavlm.data.pack.encode import Layout
 from megavlm.data.read.source import SourceConfig
-from megavlm.settings import Positive, Settings, Share
+from megavlm.settings import Count, Name, Number, PathText, Positive, Settings, Share
 
 
 class SourceMixture(Settings):
     """What is known of one source."""
 
-    num_samples: int | None
+    num_samples: Positive | None
     """Samples of an epoch, where every shard has an index."""
     layouts: list[tuple[int, Layout]]
     """(count, layout): [count, [tokens, labelled tokens, [[length, task] of each image span]]]."""
@@ -36,39 +36,39 @@ WhenSourcesChange = Literal["strict", "allow_add", "allow_add_remove", "warn"]
 class DataConfig(Settings):
     """Sources, and how they become packs."""
 
-    sources: Annotated[dict[str, SourceConfig], Field(min_length=1)]
+    sources: Annotated[dict[Name, SourceConfig], Field(min_length=1, max_length=1000)]
     """Name → source."""
-    num_lanes: Positive = 8
+    num_lanes: Annotated[Positive, Field(le=2**16)] = 8
     """Independent streams of packs = packs per optimizer step. The world size must divide it."""
-    pack_tokens: Positive = 8192
+    pack_tokens: Annotated[Positive, Field(le=2**24)] = 8192
     """Upper bound of a pack's length in tokens (memory)."""
     weights: Literal["samples", "tokens"] = "samples"
     """What the sources' weights share out."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[Number, Field(ge=0.1, le=1000)] = 1.0
     """Weights are raised to 1/temperature: above 1 evens them out (arXiv 1907.05019)."""
-    look_ahead_samples: Positive = 256
+    look_ahead_samples: Annotated[Positive, Field(le=10**6)] = 256
     """Samples that a lane holds to choose from. Also the longest wait of a sample, counted in packs of its lane."""
     over_long: OverLong = "error"
     """What happens to samples longer than a pack (`megavlm.data.pack.overlong`). All are counted."""
-    fill: Annotated[float, Field(gt=0, le=1)] = 0.985
+    fill: Annotated[Number, Field(ge=0.01, le=1)] = 0.985
     """The packs' target cost, as a share of the mean cost of `pack_tokens` tokens of the mixture."""
     unconditional_ratio: Share = 0.1
     """Share of generation prompts replaced by `<unconditional>`, for classifier-free guidance (Ho & Salimans 2022)."""
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    num_workers: Annotated[Count, Field(le=1024)] = 0
     """Loader processes per rank; 0 builds packs in the training process."""
-    prefetch_packs: Positive = 4
+    prefetch_packs: Annotated[Positive, Field(le=1024)] = 4
     """Packs that each worker prepares ahead."""
-    max_errors: Annotated[int, Field(ge=0)] = 0
+    max_errors: Count = 0
     """Bad samples or shards that each lane counts, reports and passes over before it stops the run."""
     when_sources_change: WhenSourcesChange = "strict"
     """If sources differ from the checkpoint's: an error, or go on where sources were added, added or removed, or changed in any way."""
-    retries: Annotated[int, Field(ge=0)] = 5
+    retries: Annotated[Count, Field(le=100)] = 5
     """How often in a row an HTTP connection is tried again."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder for local copies of shards that are not local files; none are kept if not given."""
-    cache_gib: Annotated[float, Field(gt=0)] = 100.0
+    cache_gib: Annotated[Number, Field(gt=0, le=2**30)] = 100.0
     """Size limit of that folder; the copies used longest ago are removed."""
-    mixture_samples: Positive = 512
+    mixture_samples: Annotated[Positive, Field(le=10**6)] = 512
     """Samples of each source that are looked at for the packs' target cost."""
     mixture: dict[str, SourceMixture] | None = None
     """Filled in at the start of a run and kept with it: what was found, per source."""

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megavlm.settings import Positive, Settings, Share
+from megavlm.settings import PathText, Positive, Settings, Share, Weight
 
 
 class SourceConfig(Settings):
@@ -12,9 +12,9 @@ class SourceConfig(Settings):
 
     shards: str | list[str]
     """URL or list of URLs; braces expand: `data/train-{0000..0015}.tar`. Also `file:`, `pipe:` and `http:`."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Weight = 1.0
     """Share of the samples (or tokens, see `data.weights`) drawn from this source, relative to the other weights."""
-    repeat: Annotated[float, Field(gt=0)] | None = None
+    repeat: Weight | None = None
     """Instead of weights, for all sources: shares follow from the sources' sizes, and a sample of this source comes up so many times
     while one of a source with 1 comes up once. Needs indexes (`megavlm data index`)."""
     epochs: Positive | None = None
@@ -25,5 +25,5 @@ class SourceConfig(Settings):
     """img2dataset, interleaved: share of the images that are drawn instead of read."""
     caption_requests: Annotated[list[str], Field(min_length=1)] = ["Describe the image.", "What does the image show?"]
     """img2dataset: what is asked when a caption is the answer."""
-    image_root: str | None = None
+    image_root: PathText | None = None
     """llava: folder of the images that the JSON names; none if they are in the tar."""
