@@ -3,7 +3,7 @@
 Each part owns its settings (``DataConfig`` beside the lanes, ``FaultConfig`` beside the guard); `RunConfig` puts them together.
 """
 
-from megavlm.config.load import load_config, read_settings, read_value, save_config
+from megavlm.config.load import load_config, read_settings, read_value, run_dir_of, save_config
 from megavlm.config.run import RunConfig
 
-__all__ = ["RunConfig", "load_config", "read_settings", "read_value", "save_config"]
+__all__ = ["RunConfig", "load_config", "read_settings", "read_value", "run_dir_of", "save_config"]

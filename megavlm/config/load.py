@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from megavlm.config.mistakes import describe
 from megavlm.config.run import RunConfig
-from megavlm.errors import ConfigError
+from megavlm.errors import ConfigError, MegavlmError
 from megavlm.routing.plan import RoutingConfig
-from megavlm.system.files import RECIPES, find_resource
+from megavlm.system.files import RECIPES, find_resource, write_atomically
 from megavlm.system.user_code import import_user_module
 
 
@@ -63,6 +63,16 @@ def read_value(name: str, value: Any) -> Any:
         raise ConfigError(f"{name}: {value!r} is not YAML: {error}\n  do:    close what is open, and quote what has a colon") from error
 
 
+def run_dir_of(recipe: str, overrides: dict[str, Any]) -> str | None:
+    """The run folder that a recipe and its overrides name, however wrong the rest of them is; None if they name none."""
+    try:
+        tree = {} if "run_dir" in overrides else read_settings(find_resource("recipes", str(recipe), ".yaml"))
+        run_dir = read_value("run_dir", overrides.get("run_dir", tree.get("run_dir")))
+    except (MegavlmError, OSError, ValueError):
+        return None
+    return run_dir if isinstance(run_dir, str) and "\0" not in run_dir else None
+
+
 def _import_modules(tree: dict, recipe: Path) -> None:
     """Import the modules that register policies, so that the recipe may name them."""
     routing = tree.get("routing")
@@ -83,7 +93,7 @@ def _import_modules(tree: dict, recipe: Path) -> None:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as a recipe that ``load_config`` reads again."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110))
+    write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110))
 
 
 def _override(tree: dict, dotted: str, value: Any) -> None:

@@ -7,13 +7,16 @@ import re
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from megavlm.config import RunConfig, load_config
+from megavlm.config import RunConfig, load_config, run_dir_of
 from megavlm.engine import signals
 from megavlm.errors import MegavlmError
-from megavlm.runs.exits import Exit, RunEnded
+from megavlm.runs.exits import Exit, LastWord, RunEnded
+from megavlm.system.files import DamagedFile, read_json, write_atomically
+from megavlm.system.harmless import harmless
 
 if TYPE_CHECKING:
     from megavlm.system.world import World
@@ -30,8 +33,9 @@ def train(recipe: str, overrides: dict[str, Any]) -> None:
         SystemExit: With the status of `Exit` if the run ends before its last step.
     """
     signals.listen()
-    # the sbatch script says where it looks; a recipe that cannot be read names no run folder
-    exit_file = Path(os.environ["MEGAVLM_EXIT_FILE"]) if "MEGAVLM_EXIT_FILE" in os.environ else None
+    # a loop on that file must not take an earlier start's word for this one's, even if the recipe is refused
+    last_word = LastWord(run_dir_of(recipe, overrides))
+    last_word.forget()
     try:
         config = load_config(recipe, overrides)
         from megavlm.runs.folder import RunFolder
@@ -39,7 +43,6 @@ def train(recipe: str, overrides: dict[str, Any]) -> None:
         from megavlm.system import world as distributed
 
         folder = RunFolder(config.run_dir)
-        exit_file = exit_file or folder.exit_code
         world = distributed.start(config.engine.timeout_s)
         logging.getLogger().setLevel(logging.INFO if world.is_main else logging.WARNING)
         try:
@@ -57,17 +60,17 @@ def train(recipe: str, overrides: dict[str, Any]) -> None:
                 log.warning(reason)
             # a superseded start leaves the folder to the new one
             if code != Exit.SUPERSEDED:
-                _leave(exit_file, code)
+                last_word.leave(code)
         if code == Exit.DONE:
             distributed.stop()
     except MegavlmError:
-        _leave(exit_file, Exit.MISTAKE)
+        last_word.leave(Exit.MISTAKE)
         raise
     except Exception as error:
         traceback.print_exc()
         # a rank whose neighbour vanished says nothing: the neighbour, or SLURM, knows why
         if not lost_a_peer(error):
-            _leave(exit_file, 1)
+            last_word.leave(1)
         _end_at_once(1)
     if code != Exit.DONE:
         # not by way of the interpreter: that would wait for threads, and a launcher kills the ranks that are last
@@ -102,22 +105,10 @@ def lost_a_peer(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and bool(re.search(r"gloo|NCCL|Connection (closed|reset|refused)", text))
 
 
-def _leave(exit_file: Path | None, code: int) -> None:
-    """Write the exit status, unless another rank was first."""
-    if exit_file is None or not exit_file.parent.is_dir():
-        return
-    try:
-        with exit_file.open("x") as file:
-            file.write(f"{int(code)}\n")
-    except FileExistsError:
-        pass
-
-
-def _end_at_once(code: int) -> None:
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-    sys.stdout.flush()
-    sys.stderr.flush()
+def _end_at_once(code: int) -> NoReturn:
+    for stream in (*logging.getLogger().handlers, sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk
+            stream.flush()
     os._exit(code)
 
 
@@ -143,5 +134,13 @@ def _keep_environment(path: Path, world_size: int) -> None:
             if name.startswith(("SLURM_JOB", "SLURM_RESTART", "SLURM_NNODES", "NCCL_", "OMP_NUM", "CUDA_VISIBLE"))
         },
     }
-    starts = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*starts, entry], indent=1))
+    with harmless(f"the environment of this start {path}"):
+        write_atomically(path, json.dumps([*_earlier_starts(path), entry], indent=1))
+
+
+def _earlier_starts(path: Path) -> list:
+    try:
+        return read_json(path, list) if path.exists() else []
+    except DamagedFile as error:
+        log.warning("%s: it begins anew with this start", error.what)
+        return []

@@ -64,7 +64,6 @@ def _resolve_alone(parts: Parts, folder: RunFolder) -> Parts:
     parts = parts.with_mixture()
     if Path(config.vocabulary.text_model).resolve() != folder.text_model.resolve():
         copy_text_model(Path(config.vocabulary.text_model), folder.text_model)
-    folder.exit_code.unlink(missing_ok=True)
     # the watchdogs of this start would take an earlier one's note for their own
     for hang in folder.hangs.glob("step-????????"):
         hang.rename(hang.with_name(f"{hang.name}-{hang.stat().st_mtime_ns}"))

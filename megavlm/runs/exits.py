@@ -1,7 +1,13 @@
-"""How a run ends. The code is the process's exit status; rank 0 also leaves it in RUN/exit_code, because a launcher
-may report its own."""
+"""How a run ends. The code is the process's exit status; it is also left in RUN/exit_code, because a launcher may report its own."""
 
+import os
+import shutil
+from collections.abc import Mapping
 from enum import IntEnum
+from pathlib import Path
+
+from megavlm.system.files import write_atomically
+from megavlm.system.harmless import harmless
 
 
 class Exit(IntEnum):
@@ -34,3 +40,37 @@ class RunEnded(Exception):
     def __init__(self, code: Exit, reason: str):
         self.code, self.reason = code, reason
         super().__init__(reason)
+
+
+class LastWord:
+    """How the last start of a run ended: in RUN/exit_code, and in the file that MEGAVLM_EXIT_FILE names. Not there while it runs.
+
+    Args:
+        run: The run folder; None if the recipe names none.
+        environment: Where MEGAVLM_EXIT_FILE and the rank are.
+    """
+
+    def __init__(self, run: str | Path | None, environment: Mapping[str, str] = os.environ):
+        named = environment.get("MEGAVLM_EXIT_FILE")
+        self.files = [Path(named)] if named else []
+        if run is not None and (own := Path(run) / "exit_code") not in self.files:
+            self.files.append(own)
+        self._is_first = environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
+
+    def forget(self) -> None:
+        """Remove what an earlier start has left, before anything can go wrong in this one."""
+        if not self._is_first:
+            return
+        for file in self.files:
+            with harmless(f"the exit status {file}"):
+                if file.is_dir() and not file.is_symlink():
+                    shutil.rmtree(file)
+                else:
+                    file.unlink(missing_ok=True)
+
+    def leave(self, code: int) -> None:
+        """Write the exit status, unless another rank was first. A run folder that was never made is not made for it."""
+        for file in self.files:
+            if file.parent.is_dir() and not file.exists():
+                with harmless(f"the exit status {file}"):
+                    write_atomically(file, f"{int(code)}\n")

@@ -13,8 +13,8 @@ _failing: dict[str, str] = {}
 def harmless(what: str) -> Iterator[None]:
     """Whatever goes wrong in here is logged with place and remedy, and the caller goes on without it.
 
-    Be the disk full or a library at fault. The same failure is told once, until the writing succeeds again. Only for what one process does by
-    itself: a rank that leaves a collective early holds up all others.
+    Be the disk full or a library at fault. The same failure is told once, until the writing succeeds again. Only for what one process
+    does by itself: a rank that leaves a collective early holds up all others.
 
     Args:
         what: What is being written, and where.
