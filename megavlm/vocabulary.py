@@ -45,9 +45,11 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids without special tokens; nothing that stands in the text becomes one."""
+        ...
 
     def decode(self, ids: list[int]) -> str:
         """The text; special tokens are left out."""
+        ...
 
 
 class SentencePieceText:
@@ -60,7 +62,12 @@ class SentencePieceText:
     def __init__(self, path: Path):
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.num_text = self._model.vocab_size()
-        self.encode, self.decode = self._model.encode, self._model.decode
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
 
 
 class HuggingFaceText:

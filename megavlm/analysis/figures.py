@@ -19,6 +19,10 @@ SIDES = {"understanding": "#4C72B0", "generation": "#DD8452"}
 MOST_TICKS = 16
 
 
+CYCLE = [f"C{i}" for i in range(10)]
+"""Matplotlib's ten."""
+
+
 def save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -124,7 +128,7 @@ def gradient_maps(entries: Sequence[dict[str, Any]], pair: str, path: Path) -> P
         axis.set_ylabel("layer")
         axis.set_title(f"{title}, step {entries[-1]['step']}", fontsize=10)
         figure.colorbar(image, ax=axis)
-    steps, colours = [entry["step"] for entry in entries], iter(pyplot.get_cmap("tab10").colors)
+    steps, colours = [entry["step"] for entry in entries], iter(CYCLE)
     for name in [*PARTS, *(name for name in blocks if not name.startswith("layer_"))]:
         members = [f"layer_{layer:02d}/{name}" for layer in range(num_layers)] if name in PARTS else [name]
         style = {

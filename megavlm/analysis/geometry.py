@@ -27,7 +27,7 @@ def geometry_of_run(subject: Subject, num_images: int) -> list[dict[str, Any]]:
         num_images: Drawn images to compare with their read versions; fewer if the samples have fewer.
     """
     packs = [pack.to(subject.model.device) for pack in subject.packs()]
-    labels_t = sum(pack.task_labels for pack in packs)
+    labels_t = np.sum([pack.task_labels for pack in packs], axis=0)
     factors = factors_of_tasks(_factors(subject, labels_t), labels_t)
     drawn = [s for group in subject.groups for s in group if any(span.has_loss for span in s.spans)][:num_images]
     # images that are read as features have no codes to compare with those that are drawn

@@ -11,7 +11,7 @@ The losses are the model's own cross-entropies per task. It has been trained wit
 model that never learnt to live with it: an order of the layers, not a forecast of training with the route.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from megavlm.data.pack.pack import Costing, Pack
 from megavlm.model.backbone import Backbone
 from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.policies import Dense, LateDrop, LayerPlan, Policy, Tread
-from megavlm.routing.tasks import TASKS, Task
+from megavlm.routing.tasks import TASKS, Task, TaskName
 
 SPAN_KINDS = {"understanding": Task.UNDERSTANDING, "generation": Task.GENERATION}
 
@@ -109,7 +109,7 @@ class Probe:
         shape: ModelShape,
         groups: list[list[EncodedSample]],
         num_sources: int,
-        task_weights: dict[str, float],
+        task_weights: Mapping[TaskName, float],
         device: torch.device,
     ):
         self.backbone, self.shape, self.groups, self.num_sources = backbone, shape, groups, num_sources

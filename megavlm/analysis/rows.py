@@ -73,7 +73,7 @@ def sample_rows(pack: Pack, vocabulary: Vocabulary, num_rows: int, num_sequences
         rng: Decides which.
     """
     kinds_T = token_kinds(pack.tokens_T.numpy(), vocabulary)
-    ends = np.cumsum(pack.sequences.lengths)
+    ends = np.cumsum(np.array(pack.sequences.lengths, np.int64))
     kinds_T[ends - pack.sequences.lengths] = SINK
     tasks = np.array(pack.tasks)
     chosen = np.concatenate([rng.permutation(np.flatnonzero(tasks == t))[:num_sequences] for t in range(len(TASKS))])

@@ -73,15 +73,17 @@ def _shared_pairs(candidates: Sequence[Candidate]) -> list[tuple[Policy, Policy,
     found = []
     for layer in sorted({c.layer for c in bypasses}):
         whole = SharedBypass(keep_ratio=1.0, first_layer=layer)
-        sides = [
-            [(whole, 0.0, 0.0), *(_choice(c, _as_shared(c.policy)) for c in bypasses if (c.task, c.layer) == (task, layer))]
-            for task in ("understanding", "generation")
-        ]
-        found += [(u, g, rise_u + rise_g, saved_u + saved_g) for u, rise_u, saved_u in sides[0] for g, rise_g, saved_g in sides[1]]
+        sides: dict[str, list[tuple[Policy, float, float]]] = {task: [(whole, 0.0, 0.0)] for task in ("understanding", "generation")}
+        for candidate in bypasses:
+            if candidate.layer == layer:
+                sides[candidate.task].append(_choice(candidate, _as_shared(candidate.policy)))
+        for u, rise_u, saved_u in sides["understanding"]:
+            found += [(u, g, rise_u + rise_g, saved_u + saved_g) for g, rise_g, saved_g in sides["generation"]]
     return found
 
 
-def _as_shared(policy: Tread) -> SharedBypass:
+def _as_shared(policy: Policy) -> SharedBypass:
+    assert isinstance(policy, Tread)
     return SharedBypass(keep_ratio=policy.keep_ratio, first_layer=policy.first_layer, end_layer=policy.end_layer)
 
 

@@ -7,13 +7,14 @@ it gets is drawn once from a fixed seed.
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
-import webdataset
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
+from webdataset.writer import TarWriter
 
 from megavlm.data.read.sample import Record, Sample, Segment
 from megavlm.errors import MegavlmError
@@ -53,10 +54,10 @@ class Digits:
 
 def load(split: str) -> Digits:
     """The ``train`` or ``test`` digits, in their original order."""
-    data = load_digits()
-    held_out = np.arange(len(data.target)) % HELD_OUT_EVERY == 0
+    pixels_NP, labels_N = load_digits(return_X_y=True)
+    held_out = np.arange(len(labels_N)) % HELD_OUT_EVERY == 0
     chosen = held_out if split == "test" else ~held_out
-    return Digits(data.images[chosen].astype(np.int64), data.target[chosen])
+    return Digits(pixels_NP[chosen].reshape(-1, 8, 8).astype(np.int64), labels_N[chosen])
 
 
 def write(folder: Path) -> dict[str, int]:
@@ -85,7 +86,7 @@ def write(folder: Path) -> dict[str, int]:
             order = rng.permutation(len(records))
             for shard, indices in enumerate(np.array_split(order, SHARDS_PER_SPLIT[split])):
                 path = folder / f"{task}-{split}-{shard:02d}.tar"
-                with webdataset.TarWriter(str(path), encoder=False, mtime=0) as writer:
+                with TarWriter(str(path), encoder=False, mtime=0) as writer:
                     for i in indices:
                         writer.write(_members(f"{split}-{i:04d}", records[i], digits.codes[i]))
                 written[path.name] = len(indices)
@@ -131,7 +132,7 @@ class Judge:
     def __init__(self):
         train, self._test = load("train"), load("test")
         pixels = train.codes.reshape(len(train.codes), -1)
-        self._machine = SVC(C=10, gamma=0.001).fit(pixels, train.labels)
+        self._machine = SVC(C=10, gamma=cast(Any, 0.001)).fit(pixels, train.labels)
         self._features = PCA(20, svd_solver="full").fit(pixels)
         self._train = pixels
 

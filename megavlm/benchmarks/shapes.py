@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from PIL import Image
 from scipy import ndimage
+from webdataset.writer import TarWriter
 
 from megavlm.data.read.index import write_index
 from megavlm.data.read.sample import Record, Segment
@@ -120,7 +120,7 @@ def see(image: np.ndarray) -> Scene:
     nearest = np.linalg.norm(image[:, :, None].astype(np.float64) - palette, axis=3).argmin(2)
     found = []
     for number, color in enumerate(COLORS):
-        labels, _ = ndimage.label(nearest == number, structure=np.ones((3, 3)))
+        labels: np.ndarray = ndimage.label(nearest == number, structure=np.ones((3, 3)))[0]  # type: ignore[index] (its stub lacks the pair)
         for label, box in enumerate(ndimage.find_objects(labels), 1):
             blot = labels[box] == label
             if blot.sum() < (SIDES["small"] * pixels) ** 2 / 6:
@@ -272,7 +272,7 @@ def write(folder: Path, pixels: int, num_train: int, num_test: int, seed: int = 
         stem = "images-train" if split == "images" else f"{task}-{split}"
         for shard, first in enumerate(range(0, total, samples_per_shard)):
             path = folder / f"{stem}-{shard:04d}.tar"
-            with webdataset.TarWriter(str(path), encoder=False, mtime=0) as writer:
+            with TarWriter(str(path), encoder=False, mtime=0) as writer:
                 for number in range(first, min(first + samples_per_shard, total)):
                     sample, shapes = record(seed, split, task, number)
                     if split == "train" and len(texts) < 20_000:

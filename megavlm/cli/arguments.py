@@ -4,13 +4,13 @@ import ast
 import difflib
 import inspect
 from types import NoneType
-from typing import Any, NewType, get_args
+from typing import Annotated, Any, get_args
 
 from megavlm.errors import ConfigError
 
-Positive = NewType("Positive", int)
-NotNegative = NewType("NotNegative", int)
-LEAST = {Positive: 1, NotNegative: 0}
+Positive = Annotated[int, 1]
+"""A whole number; the second argument is the least that is taken."""
+NotNegative = Annotated[int, 0]
 
 
 def check_arguments(commands: Any, arguments: list[str]) -> list[str]:
@@ -76,7 +76,7 @@ def _split(arguments: list[str]) -> tuple[list[str], dict[str, str | None]]:
 def _misfit(annotation: Any, text: str | None) -> str | None:
     """What a number should be, if the text is none of that kind."""
     kinds = {annotation, *get_args(annotation)}
-    if not kinds & {int, float, *LEAST} or (text == "None" and NoneType in kinds):
+    if not kinds & {int, float} or (text == "None" and NoneType in kinds):
         return None
     try:
         number = ast.literal_eval(text)  # as fire reads it: 1e3 is no whole number to it
@@ -86,5 +86,5 @@ def _misfit(annotation: Any, text: str | None) -> str | None:
         return "a number"
     if float not in kinds and type(number) is float:
         return "a whole number"
-    least = LEAST.get(annotation, number)
+    least = getattr(annotation, "__metadata__", (number,))[0]
     return f"at least {least}" if number < least else None

@@ -11,7 +11,7 @@ A plug-in is a folder: ``plug_in.json`` (sizes), ``plug_in.safetensors``; `megav
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -83,8 +83,6 @@ class CompressedTokenizer:
         ConfigError: If the plug-in is missing, or belongs to a tokenizer of other sizes.
     """
 
-    height = 1
-
     def __init__(
         self,
         path: str | Path,
@@ -108,6 +106,7 @@ class CompressedTokenizer:
             )
         self.separator = settings.codebook_size
         self.codebook_size = settings.codebook_size + 1
+        self.height = 1
         self.width = settings.num_tokens + 1
         self.has_decoder = around.has_decoder
         self.feature_width = settings.embedding_width if reads_features else 0
@@ -127,7 +126,7 @@ class CompressedTokenizer:
         is_separator_P = np.arange(self.width) == self.settings.num_global
         return is_separator_P[:, None] != (np.arange(self.codebook_size) == self.separator)
 
-    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    def encode(self, images: Collection[np.ndarray]) -> np.ndarray:
         """uint8 RGB images ``[H, W, 3]`` to codes ``[N, 1, width]``."""
         return self.compress(self.around.encode(images))
 

@@ -36,7 +36,8 @@ class Layer(nn.Module):
 
     def of_memory(self, memory_NPW: torch.Tensor) -> KeysValues:
         """Keys and values of the global and compressed tokens; the same for every place."""
-        return self._heads(self.kv(memory_NPW), 2)
+        keys, values = self._heads(self.kv(memory_NPW), 2)
+        return keys, values
 
     def forward(self, x_NlW: torch.Tensor, memory: KeysValues, before: KeysValues | None) -> tuple[torch.Tensor, KeysValues]:
         """The stream after the layer, and keys and values of all places so far.
@@ -97,7 +98,8 @@ class Decompressor(nn.Module):
     def generate(self, tokens_NPD: torch.Tensor, embedding: nn.Embedding) -> torch.Tensor:
         """The most likely dense codes ``[N, L]``, one after another, each from its own before it."""
         memory = self._memory(tokens_NPD)
-        x_N1D, cache, codes = self.start_D.expand(len(tokens_NPD), 1, -1), None, []
+        x_N1D, cache = self.start_D.expand(len(tokens_NPD), 1, -1), None
+        codes: list[torch.Tensor] = []
         for place in range(len(self.place_LW)):
             x_N1W, cache = self._run(x_N1D, memory, place, cache)
             codes.append(self.to_code(x_N1W).argmax(-1))

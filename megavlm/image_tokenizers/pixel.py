@@ -1,7 +1,7 @@
 """Images as grey levels of single pixels."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 import numpy as np
@@ -42,9 +42,12 @@ class PixelTokenizer(DenseCodes):
         self.codebook_size = levels
         self.height = height
         self.width = width
-        self.fingerprint = hashlib.sha256(f"pixel {levels}".encode()).hexdigest()
 
-    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"pixel {self.codebook_size}".encode()).hexdigest()
+
+    def encode(self, images: Collection[np.ndarray]) -> np.ndarray:
         size = (self.width, self.height)
         images_NHWC = np.stack(
             [

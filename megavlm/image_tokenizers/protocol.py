@@ -1,6 +1,6 @@
 """What every image tokenizer can do: ``encode(images) -> codes``, ``decode(codes) -> images``, and what the engine asks beside that."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -45,7 +45,7 @@ class ImageTokenizer(Protocol):
         """The tokenizer whose codes pre-tokenised shards hold: itself, or the one inside."""
         ...
 
-    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    def encode(self, images: Collection[np.ndarray]) -> np.ndarray:
         """uint8 RGB images ``[H, W, 3]`` of any sizes to codes ``[N, height, width]``."""
         ...
 
@@ -92,16 +92,13 @@ def codes_of_member(tokenizer: ImageTokenizer, name: str, image: np.ndarray) -> 
     return image
 
 
-class DenseCodes:
+class DenseCodes(ImageTokenizer, Protocol):
     """What most tokenizers have in common: shards hold their own codes, the model reads codes, and any code may stand anywhere."""
 
-    codebook_size: int
-    height: int
-    width: int
     feature_width = 0
 
     @property
-    def of_shards(self):
+    def of_shards(self) -> ImageTokenizer:
         return self
 
     def encode_member(self, name: str, image: np.ndarray, has_loss: bool) -> tuple[np.ndarray, None]:
@@ -125,7 +122,6 @@ class GridOnly(DenseCodes):
     """
 
     has_decoder = False
-    fingerprint = ""
 
     def __init__(self, of: ImageTokenizer):
         self.codebook_size = of.codebook_size
@@ -133,7 +129,11 @@ class GridOnly(DenseCodes):
         self.width = of.width
         self._keeps_codes = of.of_shards is of
 
-    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    @property
+    def fingerprint(self) -> str:
+        return ""
+
+    def encode(self, images: Collection[np.ndarray]) -> np.ndarray:
         return np.zeros((len(images), self.height, self.width), np.int64)
 
     def encode_member(self, name: str, image: np.ndarray, has_loss: bool) -> tuple[np.ndarray, None]:

@@ -17,10 +17,10 @@ takes patches of p x p pixels as channels (`megavlm.image_tokenizers.vq_training
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class VQTokenizer(DenseCodes):
         """(height, width) of the images."""
         return self.height * self.factor, self.width * self.factor
 
-    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    def encode(self, images: Collection[np.ndarray]) -> np.ndarray:
         """uint8 RGB images ``[H, W, 3]`` of any sizes to codes ``[N, height, width]``.
 
         They are scaled to cover the tokenizer's size, and what stands out is cut off on both sides alike.
@@ -127,7 +127,7 @@ class VQTokenizer(DenseCodes):
         """An image of any size, scaled and cut to ``[*pixels, 3]``."""
         if image.shape[:2] == self.pixels:
             return image
-        return np.asarray(ImageOps.fit(Image.fromarray(image), self.pixels[::-1], FAMILIES[self.family][1]))
+        return np.asarray(ImageOps.fit(Image.fromarray(image), (self.pixels[1], self.pixels[0]), FAMILIES[self.family][1]))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,7 +140,7 @@ class VQTokenizer(DenseCodes):
         digest = hashlib.sha256(json.dumps(structure).encode())
         for name, tensor in sorted(read_vq_weights(self.path).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def __getstate__(self):
@@ -157,7 +157,7 @@ class VQTokenizer(DenseCodes):
         return [0.5] * 3, [0.5] * 3
 
     @cached_property
-    def _model(self) -> torch.nn.Module:
+    def _model(self) -> Any:
         if self.expected and self.expected != self.fingerprint:
             raise ConfigError(
                 f"vocabulary.image_tokenizer.path: {self.path} holds another VQ model than the run began with\n"
@@ -176,7 +176,7 @@ class VQTokenizer(DenseCodes):
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
-    def _decoder(self) -> torch.nn.Module:
+    def _decoder(self) -> Any:
         # bfloat16 holds the 8 bits of a pixel; a copy, because encoding stays in float32
         if self.device.type != "cuda":
             return self._model
@@ -217,7 +217,7 @@ class VQTokenizer(DenseCodes):
         return ((x_NHWC * std_C + mean_C) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
-def latents(model: torch.nn.Module, x_NCHW: torch.Tensor) -> torch.Tensor:
+def latents(model: Any, x_NCHW: torch.Tensor) -> torch.Tensor:
     """Directions that a Janus model gives images ``[N, C, h, w]``, each of length 1."""
     return functional.normalize(model.quant_conv(model.encoder(x_NCHW)), dim=1)
 
@@ -227,7 +227,7 @@ def nearest_direction(z_NChw: torch.Tensor, codebook_VC: torch.Tensor) -> torch.
     return torch.einsum("nchw,vc->nvhw", z_NChw, functional.normalize(codebook_VC, dim=1)).argmax(1)
 
 
-def reconstruct(model: torch.nn.Module, z_NChw: torch.Tensor) -> torch.Tensor:
+def reconstruct(model: Any, z_NChw: torch.Tensor) -> torch.Tensor:
     """What a Janus model makes of quantised latents: images in its own range and channels."""
     return model.decoder(model.post_quant_conv(z_NChw))
 

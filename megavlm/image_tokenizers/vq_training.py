@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ class Codebook:
 
     def __init__(self, weight_VC: torch.Tensor, z_MC: torch.Tensor, seed: int):
         self.weight_VC, self.generator = weight_VC, torch.Generator().manual_seed(seed)
-        clusters = MiniBatchKMeans(len(weight_VC), batch_size=4096, n_init=1, random_state=seed).fit(z_MC.cpu().numpy())
+        clusters = MiniBatchKMeans(len(weight_VC), batch_size=4096, n_init=cast(Any, 1), random_state=seed).fit(z_MC.cpu().numpy())
         self.sum_VC = torch.from_numpy(clusters.cluster_centers_).to(weight_VC)
         self.count_V = torch.ones(len(weight_VC), device=weight_VC.device)
         weight_VC.copy_(functional.normalize(self.sum_VC, dim=1))
@@ -189,7 +190,8 @@ class Codebook:
 
 def _train(images_NHWC: np.ndarray, config: JanusVQVAEConfig, plan: Plan, device: torch.device) -> JanusVQVAE:
     torch.manual_seed(integer_seed(plan.seed, Purpose.MODULES))
-    model = JanusVQVAE(config).to(device).train()
+    model: Any = JanusVQVAE(config)
+    model.to(device).train()
     model.quantize.embedding.weight.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, plan.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)

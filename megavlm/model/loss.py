@@ -1,7 +1,7 @@
 """Next-token cross-entropy on labelled rows only, in chunks, as sums per group."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -9,13 +9,14 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from megavlm.routing.tasks import TaskName
 from megavlm.settings import Number, Positive, Settings
 
 
 class LossConfig(Settings):
     """Next-token cross-entropy per task."""
 
-    task_weights: dict[Literal["understanding", "generation", "text"], Annotated[Number, Field(ge=0, le=1e6)]] = {
+    task_weights: dict[TaskName, Annotated[Number, Field(ge=0, le=1e6)]] = {
         "understanding": 1.0,
         "generation": 1.0,
         "text": 1.0,

@@ -1,6 +1,9 @@
 """The tasks of a sample. Image spans belong to one of the first two: those that are read, and those that are drawn."""
 
 from enum import IntEnum
+from typing import Literal, cast
+
+TaskName = Literal["understanding", "generation", "text"]
 
 
 class Task(IntEnum):
@@ -11,5 +14,5 @@ class Task(IntEnum):
     TEXT = 2
 
 
-TASKS = tuple(task.name.lower() for task in Task)
+TASKS: tuple[TaskName, ...] = tuple(cast(TaskName, task.name.lower()) for task in Task)
 """Their names in samples, recipes and reports."""

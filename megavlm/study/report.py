@@ -188,7 +188,7 @@ def _plot(summary: dict, path: Path) -> None:
 
     policies = summary["policies"]
     tasks = {task: next(iter(metrics)) for task, metrics in policies[DENSE]["tasks"].items()}
-    colors = dict(zip(policies, pyplot.get_cmap("tab10").colors))
+    colors = dict(zip(policies, [f"C{i}" for i in range(10)]))
     figure, axes = pyplot.subplots(len(tasks), 3, figsize=(13, 3.6 * len(tasks)), layout="constrained", squeeze=False)
     for row, (task, name) in zip(axes, tasks.items()):
         better = policies[DENSE]["tasks"][task][name]["better"]

@@ -47,7 +47,7 @@ def collect(study: StudyConfig, arms: list[Arm]) -> Results:
     return Results(study, runs)
 
 
-def _at(tree: dict, path: str) -> float:
+def _at(tree: Any, path: str) -> float:
     for name in path.split("."):
         tree = tree[name]
     return float(tree)

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
-def save_grid(images: Sequence[np.ndarray], captions: Sequence[str], path: Path, columns: int = 10, title: str = "") -> None:
+def save_grid(images: Collection[np.ndarray], captions: Sequence[str], path: Path, columns: int = 10, title: str = "") -> None:
     """Write a PNG of images in rows.
 
     Args:

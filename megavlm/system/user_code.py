@@ -1,6 +1,7 @@
 """Python files and modules of the user's own: policies, formats, benchmarks."""
 
 import importlib
+import importlib.machinery
 import importlib.util
 import re
 import sys
@@ -15,8 +16,8 @@ def import_user_module(name: str) -> ModuleType:
     path = Path(name).resolve()
     key = "megavlm_user_" + re.sub(r"\W", "_", str(path))
     if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        loader = importlib.machinery.SourceFileLoader(key, str(path))
+        module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(key, loader, origin=str(path)))
+        loader.exec_module(module)
         sys.modules[key] = module
     return sys.modules[key]

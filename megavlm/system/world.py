@@ -112,7 +112,9 @@ def start(timeout_s: int) -> World:
 
 def new_host_group(timeout_s: float) -> distributed.ProcessGroup:
     """All processes, talking over gloo from host memory: nothing in it waits for a GPU. Called by all ranks together."""
-    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    assert isinstance(group, distributed.ProcessGroup)
+    return group
 
 
 def set_timeout(timeout_s: float) -> None:

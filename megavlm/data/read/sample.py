@@ -12,13 +12,14 @@ import io
 import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from megavlm.errors import DataError
+from megavlm.routing.tasks import TaskName
 
 MAX_NPY_HEADER_BYTES = 4096
 
@@ -61,7 +62,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    task: Literal["understanding", "generation", "text"]
+    task: TaskName
     segments: tuple[Segment, ...]
     meta: dict[str, Any] = {}
 
@@ -80,7 +81,7 @@ class Sample:
     """
 
     key: str
-    task: str
+    task: TaskName
     segments: tuple[Segment, ...]
     images: dict[str, np.ndarray]
     coordinates: Coordinates
