@@ -69,7 +69,7 @@ def read_settings(folder: Path) -> PlugInSettings:
         ) from error
 
 
-class CompressedTokenizer:
+class CompressedTokenizer(ImageTokenizer):
     """A tokenizer with fewer codes per image.
 
     Args:

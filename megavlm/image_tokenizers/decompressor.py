@@ -95,7 +95,7 @@ class Decompressor(nn.Module):
         return self.to_embedding(x_NLW), self.to_code(x_NLW)
 
     @torch.no_grad()
-    def generate(self, tokens_NPD: torch.Tensor, embedding: nn.Embedding) -> torch.Tensor:
+    def generate(self, tokens_NPD: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         """The most likely dense codes ``[N, L]``, one after another, each from its own before it."""
         memory = self._memory(tokens_NPD)
         x_N1D, cache = self.start_D.expand(len(tokens_NPD), 1, -1), None

@@ -62,7 +62,7 @@ class ImageTokenizer(Protocol):
         """
         ...
 
-    def decode(self, codes_Nhw: np.ndarray) -> np.ndarray:
+    def decode(self, codes_Nhw: np.ndarray, /) -> np.ndarray:
         """Codes ``[N, height, width]`` to uint8 RGB images ``[N, H, W, 3]``."""
         ...
 

@@ -7,7 +7,7 @@ sees as many tokens of its task as the joint arm does, with the same number of s
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -21,7 +21,9 @@ from megavlm.routing.policies import Dense
 from megavlm.settings import Name, PathText, Seed, Settings
 from megavlm.system.files import find_resource
 
-JOINT, DENSE = "joint", "dense"
+Data = Literal["joint", "understanding", "generation"]
+JOINT: Final = "joint"
+DENSE: Final = "dense"
 
 
 class Metric(Settings):
@@ -70,7 +72,7 @@ class Arm:
 
     policies: tuple[str, ...]
     """The policies that this run stands for."""
-    data: str
+    data: Data
     """The task that it trains, or ``joint``."""
     seed: int
     config: RunConfig
@@ -119,7 +121,7 @@ def plan_arms(study: StudyConfig) -> list[Arm]:
     return list(arms.values())
 
 
-def _configure(study: StudyConfig, policy: dict[str, Any], data: str, seed: int) -> RunConfig:
+def _configure(study: StudyConfig, policy: dict[str, Any], data: Data, seed: int) -> RunConfig:
     base = study.overrides | {"seed": seed, "run_dir": study.study_dir}
     alone = {} if data == JOINT else study.tasks[data].alone
     joint = load_config(study.recipe, base | policy | alone)
