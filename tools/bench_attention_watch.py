@@ -77,7 +77,7 @@ def bench(width: int = 256, layers: int = 8, pack_tokens: int = 4096, grid: int 
         if out:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             Path(out).write_text(json.dumps(result, indent=2) + "\n")
-        trainer.writer.close()
+        trainer.board.close()
         shutil.rmtree(folder)
     distributed.stop()
 

@@ -11,7 +11,7 @@ from megavlm.analysis.gradients import PARTS
 from megavlm.analysis.probe import Away, Candidate
 from megavlm.analysis.rows import KINDS
 from megavlm.routing.policies import LateDrop
-from megavlm.system.pictures import pyplot
+from megavlm.system.pictures import pyplot, save_figure
 
 KEYS = {"text": "text", "image": "image", "special": "special tokens", "sink": "first token (sink)"}
 COLOURS = {"text": "#4C72B0", "image": "#DD8452", "special": "#8C8C8C", "sink": "#C9B458"}
@@ -21,13 +21,6 @@ MOST_TICKS = 16
 
 CYCLE = [f"C{i}" for i in range(10)]
 """Matplotlib's ten."""
-
-
-def save(figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
 
 
 def attention_shares(shares: dict[tuple[str, str], Allocation], path: Path) -> Path:
@@ -56,7 +49,7 @@ def attention_shares(shares: dict[tuple[str, str], Allocation], path: Path) -> P
     for row, title in enumerate(("attention on", "effective number of")):
         axes[row, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, title=title)
     figure.suptitle("Where the attention of each task's text and image tokens goes, mean over heads", fontsize=11)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def head_maps(shares: dict[tuple[str, str], Allocation], path: Path) -> Path:
@@ -73,7 +66,7 @@ def head_maps(shares: dict[tuple[str, str], Allocation], path: Path) -> Path:
         _layer_ticks(axis.yaxis, num_layers)
     axes[0, 0].set_ylabel("layer")
     figure.colorbar(image, ax=axes[0, -1], label="share of attention on image tokens")
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def drop_curves(candidates: Sequence[Candidate], dense_flops: float, num_layers: int, path: Path, chosen: Any = None) -> Path:
@@ -102,7 +95,7 @@ def drop_curves(candidates: Sequence[Candidate], dense_flops: float, num_layers:
     right.set_title(f"what is paid for what is saved\n{title}", fontsize=10)
     for axis in (left, right):
         axis.axhline(0, color="grey", linewidth=0.8)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def gradient_maps(entries: Sequence[dict[str, Any]], pair: str, path: Path) -> Path:
@@ -150,7 +143,7 @@ def gradient_maps(entries: Sequence[dict[str, Any]], pair: str, path: Path) -> P
         if len(steps) <= 8:
             axis.set_xticks(steps)
     figure.legend(*cosines.get_legend_handles_labels(), loc="outside right lower", fontsize=8, title="part")
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def similarity_map(entries: Sequence[dict[str, Any]], path: Path) -> Path:
@@ -164,7 +157,7 @@ def similarity_map(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     axis.set_xlabel("step")
     axis.set_title("states of an image,\nread and drawn", fontsize=10)
     figure.colorbar(image, ax=axis, label="linear CKA: 1 alike, 0 unrelated")
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _heat_map(axis, values: np.ndarray, low: float, high: float, colours: str, with_numbers: bool):

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 
 from megavlm.engine.guard import Guard, GuardedAdamW
+from megavlm.engine.protocol import Engine
 from megavlm.engine.schedule import OptimizerConfig
 from megavlm.settings import Number, PathText, Positive, Seconds, Settings
 from megavlm.system.files import find_resource
@@ -37,7 +38,7 @@ def start_engine(
     engine: EngineConfig,
     bfloat16: bool,
     packs_per_rank: int,
-):
+) -> Engine:
     """DeepSpeed's engine around the backbone, with AdamW in two groups: matrices with weight decay, the rest without.
 
     Args:
@@ -73,7 +74,7 @@ def start_engine(
     return started
 
 
-def gradient_norm(engine) -> torch.Tensor:
+def gradient_norm(engine: Engine) -> torch.Tensor:
     """The global gradient norm of the step being taken, before clipping, on the device; inf if a gradient is not finite.
 
     ``engine.get_global_grad_norm`` gives the same number, but only after the step, and as a Python float.
@@ -81,7 +82,7 @@ def gradient_norm(engine) -> torch.Tensor:
     return engine.optimizer._global_grad_norm
 
 
-def forget_gradients(engine) -> None:
+def forget_gradients(engine: Engine) -> None:
     """Forget the gradients of the step that was just taken.
 
     DeepSpeed's stage 3 (0.16 to at least 0.19.8) leaves the last gradient of a parameter in its buffer and applies it
@@ -90,13 +91,13 @@ def forget_gradients(engine) -> None:
     engine.optimizer.grad_partitions_flat_buffer.zero_()
 
 
-def begin_anew(engine) -> None:
+def begin_anew(engine: Engine) -> None:
     """The next backward pass is the first one of a step: it overwrites, and no gradient from before is left where it does not."""
     engine.optimizer.zero_grad()
     forget_gradients(engine)
 
 
-def local_gradients(engine) -> list[torch.Tensor]:
+def local_gradients(engine: Engine) -> list[torch.Tensor]:
     """Copies of this rank's partitions of the gradients so far, of each trained parameter, in float32."""
     from deepspeed.utils import safe_get_local_grad
 

@@ -13,6 +13,7 @@ from megavlm.errors import ConfigError
 from megavlm.evaluation.benchmark import find_benchmark
 from megavlm.evaluation.trained import TrainedModel
 from megavlm.evaluation.understanding import scored_right, task_losses, written_right
+from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
 
 log = logging.getLogger(__name__)
@@ -53,12 +54,9 @@ def evaluate(model: TrainedModel) -> dict[str, Any]:
     }
     model.folder.evaluation.write_text(json.dumps(result, indent=2))
     shown = min(50, len(benchmark.requests))
-    save_grid(
-        drawn[:shown],
-        benchmark.requests[:shown],
-        model.folder.path / "drawings.png",
-        title=f"drawn by {model.folder.path}, {model.checkpoint.name}",
-    )
+    picture = model.folder.path / "drawings.png"
+    with harmless(f"the picture {picture}"):
+        save_grid(drawn[:shown], benchmark.requests[:shown], picture, title=f"drawn by {model.folder.path}, {model.checkpoint.name}")
     return result
 
 

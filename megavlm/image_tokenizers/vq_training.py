@@ -32,6 +32,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from megavlm.errors import DataError, MegavlmError
 from megavlm.image_tokenizers.vq import VQTokenizer, latents, nearest_direction, reconstruct
 from megavlm.randomness import Purpose, integer_seed, stream
+from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ def train_tokenizer(images: Iterable[np.ndarray], out: Path, plan: Plan, device:
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     shown = min(12, len(kept))
-    save_grid([*kept[:shown], *decoded[:shown]], [""] * 2 * shown, out / "reconstructions.png", columns=shown)
+    with harmless(f"the picture {out / 'reconstructions.png'}"):
+        save_grid([*kept[:shown], *decoded[:shown]], [""] * 2 * shown, out / "reconstructions.png", columns=shown)
     return metrics
 
 

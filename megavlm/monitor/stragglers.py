@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from megavlm.system.files import write_atomically
+from megavlm.system.harmless import harmless
 from megavlm.system.world import World
 
 HEAVY_PACKS, SLOW_COMPUTE, SLOW_DATA_SHARE = 1.1, 1.3, 0.05
@@ -68,7 +69,8 @@ class Stragglers:
         self._reset()
         table, remarks = judge(ranks, seconds)
         if self.world.is_main:
-            write_atomically(self.file, "\n".join(table) + "\n")
+            with harmless(str(self.file)):
+                write_atomically(self.file, "\n".join(table) + "\n")
         probes = np.array([rank.probe_s for rank in ranks])
         waits = np.array([rank.data_wait_s for rank in ranks])
         values = {

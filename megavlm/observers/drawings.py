@@ -1,7 +1,10 @@
 """Drawings on the way: the recipe's prompts, every so many steps, in TensorBoard and ``RUN/samples/``."""
 
+import numpy as np
+
 from megavlm.evaluation.sampling import draw_images
 from megavlm.randomness import Purpose, integer_seed
+from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
 from megavlm.training.observers import Observer, Training
 
@@ -15,27 +18,37 @@ class Drawings(Observer):
         self.training = training
 
     def after_step(self, num_steps: int) -> None:
-        training = self.training
-        parts, config = training.parts, training.parts.config
-        every = config.monitor.sample_every_steps
-        if not every or (num_steps % every and num_steps != config.optimizer.num_steps):
+        config = self.training.parts.config
+        every, prompts = config.monitor.sample_every_steps, config.monitor.sample_prompts
+        if not every or not prompts or (num_steps % every and num_steps != config.optimizer.num_steps):
             return
-        prompts = config.monitor.sample_prompts
+        codes = self._draw(num_steps)
+        if self.training.world.is_main:
+            with harmless(f"the drawings of step {num_steps}"):
+                self._show(codes, num_steps)
+
+    def _draw(self, num_steps: int) -> np.ndarray:
+        """Codes of an image per prompt, ``[N, height, width]``. Called by all ranks together: every layer is gathered."""
+        training, config = self.training, self.training.parts.config
         training.engine.eval()
-        codes = draw_images(
-            training.engine,
-            parts.encoder,
-            prompts,
-            parts.inference_costing,
-            training.world.device,
-            integer_seed(config.seed, Purpose.DRAWING, num_steps),
-            config.evaluation.temperature,
-            config.evaluation.top_k,
-            config.evaluation.guidance,
-        )
-        training.engine.train()
-        if training.writer:
-            images = parts.image_tokenizer.decode(codes)
-            training.writer.add_images("samples", images, num_steps, dataformats="NHWC")
-            save_grid(images, prompts, training.folder.samples / f"step-{num_steps:08d}.png", title=f"step {num_steps}")
-            training.writer.flush()
+        try:
+            return draw_images(
+                training.engine,
+                training.parts.encoder,
+                config.monitor.sample_prompts,
+                training.parts.inference_costing,
+                training.world.device,
+                integer_seed(config.seed, Purpose.DRAWING, num_steps),
+                config.evaluation.temperature,
+                config.evaluation.top_k,
+                config.evaluation.guidance,
+            )
+        finally:
+            training.engine.train()
+
+    def _show(self, codes: np.ndarray, num_steps: int) -> None:
+        training = self.training
+        images = training.parts.image_tokenizer.decode(codes)
+        training.board.images("samples", images, num_steps)
+        picture = training.folder.samples / f"step-{num_steps:08d}.png"
+        save_grid(images, training.parts.config.monitor.sample_prompts, picture, title=f"step {num_steps}")

@@ -26,7 +26,7 @@ class Instruments(Observer):
         self.config = training.parts.config.monitor
         self.engine = training.engine
         self.world = training.world
-        self.writer = training.writer
+        self.board = training.board
         self.vocabulary = training.parts.vocabulary
         self.seed = training.parts.config.seed
 
@@ -55,16 +55,16 @@ class Instruments(Observer):
         """Log where the step's attention went, if it was watched."""
         if self._watch is None:
             return
-        self._watch.merge(self.world.sum)
-        for (task, query), allocation in self._watch.shares().items():
+        watch, self._watch = self._watch, None
+        watch.merge(self.world.sum)
+        for (task, query), allocation in watch.shares().items():
             for statistic, values_L in zip(STATISTICS, allocation.mean_XL, strict=True):
                 for layer, value in enumerate(values_L):
                     self._log(f"attention_{task}_{query}/{statistic}/layer_{layer:02d}", value, num_steps)
-        self._watch = None
 
     def _log(self, tag: str, value: float, step: int) -> None:
-        if self.writer and math.isfinite(value):  # or there was nothing to be seen in this layer
-            self.writer.add_scalar(tag, value, step)
+        if math.isfinite(value):  # or there was nothing to be seen in this layer
+            self.board.scalars({tag: value}, step)
 
 
 def _is_due(step: int, every: int | None) -> bool:

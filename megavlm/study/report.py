@@ -181,10 +181,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _plot(summary: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from megavlm.system.pictures import plain, pyplot, save_figure
 
     policies = summary["policies"]
     tasks = {task: next(iter(metrics)) for task, metrics in policies[DENSE]["tasks"].items()}
@@ -198,9 +195,15 @@ def _plot(summary: dict, path: Path) -> None:
             for policy, entry in policies.items():
                 quality, share = _signed_back(entry["tasks"][task][name]["joint"], better), entry[key]
                 axis.errorbar(
-                    share.value, quality.value, yerr=[[quality.value - quality.low], [quality.high - quality.value]],
-                    xerr=[[share.value - share.low], [share.high - share.value]], fmt="o", color=colors[policy], label=policy, capsize=3,
-                )  # fmt: skip
+                    share.value,
+                    quality.value,
+                    xerr=[[share.value - share.low], [share.high - share.value]],
+                    yerr=[[quality.value - quality.low], [quality.high - quality.value]],
+                    fmt="o",
+                    color=colors[policy],
+                    label=plain(policy),
+                    capsize=3,
+                )
             axis.set(xlabel=label, ylabel=f"{task}: {name}, joint")
             if better == "low":
                 axis.invert_yaxis()
@@ -211,9 +214,8 @@ def _plot(summary: dict, path: Path) -> None:
             error = [[synergy.value - synergy.low], [synergy.high - synergy.value]]
             axis.bar(place, synergy.value, yerr=error, color=colors[policy], capsize=4, width=0.7)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(policies)), policies, rotation=25, ha="right")
+        axis.set_xticks(range(len(policies)), map(plain, policies), rotation=25, ha="right")
         axis.set(ylabel="joint minus alone (up is good)", title=f"synergy of {task}")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(f"quality and synergy, {summary['num_seeds']} seeds, intervals over seeds")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=130)

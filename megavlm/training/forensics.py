@@ -47,10 +47,14 @@ def chain(digest: str, pack) -> str:
     return hashlib.sha256((digest + places).encode()).hexdigest()
 
 
-def write_report(folder: Path, bad: BadStep, packs: list[dict], learning_rate: float) -> Path:
+def report_path(folder: Path, step: int) -> Path:
+    """The file of a skipped step, counted from 0."""
+    return folder / f"step-{step + 1:08d}.json"
+
+
+def write_report(path: Path, bad: BadStep, packs: list[dict], learning_rate: float) -> None:
     """Write one skipped step's file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{bad.step + 1:08d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "step": bad.step + 1,
         "reason": bad.reason,
@@ -60,7 +64,6 @@ def write_report(folder: Path, bad: BadStep, packs: list[dict], learning_rate: f
         "packs": sorted(packs, key=lambda pack: pack["lane"]),
     }
     write_atomically(path, json.dumps(report))
-    return path
 
 
 def replay(run: str | Path, step: int | None = None) -> dict[str, Any]:

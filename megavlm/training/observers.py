@@ -1,22 +1,26 @@
 """What may watch training without the trainer knowing it: instruments, drawings, validation.
 
 An observer is handed to the `Trainer` and called by all ranks together. It must not change what is trained. It calls the same
-collectives on every rank.
+collectives on every rank; what one rank does alone, such as writing, it does in `megavlm.system.harmless`.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from megavlm.data.pack.pack import Pack
+from megavlm.engine.protocol import Engine
+from megavlm.engine.zero import begin_anew
+from megavlm.monitor.board import Board
 from megavlm.parts.parts import Parts
 from megavlm.runs.folder import RunFolder
 from megavlm.system.world import World
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,9 @@ class Training:
 
     parts: Parts
     world: World
-    engine: Any
-    """DeepSpeed's, around the backbone."""
+    engine: Engine
     folder: RunFolder
-    writer: SummaryWriter | None
-    """TensorBoard's, on rank 0."""
+    board: Board
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,18 @@ class Observer:
         Args:
             num_steps: Steps taken.
         """
+
+
+@contextmanager
+def unharmed(observer: Observer, engine: Engine) -> Iterator[None]:
+    """An observer's error is a remark on its rank, and training goes on.
+
+    An error that came on all ranks, or on one alone outside collectives, has no other consequence. A rank that left a collective in which
+    the others wait is found by the watchdog.
+    """
+    try:
+        yield
+    except Exception:
+        log.exception("%s failed, and is left out in this step", observer.name)
+        # it may have been in the midst of a backward pass of its own
+        begin_anew(engine)

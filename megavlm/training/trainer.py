@@ -19,7 +19,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import distributed
-from torch.utils.tensorboard import SummaryWriter
 
 from megavlm.data.pack.lane import COUNTS
 from megavlm.data.pack.loader import Loader, lanes_of
@@ -28,10 +27,12 @@ from megavlm.data.pack.sources import State, adapt_state
 from megavlm.engine.agreement import Wishes
 from megavlm.engine.checkpoint import Checkpointer
 from megavlm.engine.guard import Guard
+from megavlm.engine.protocol import Engine
 from megavlm.engine.schedule import learning_rate
 from megavlm.engine.signals import REASONS, Wish, end_time_of_job
 from megavlm.engine.watchdog import Watchdog
 from megavlm.engine.zero import forget_gradients, gradient_norm, start_engine
+from megavlm.monitor.board import Board
 from megavlm.monitor.metrics import Meters
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.parts.parts import Parts
@@ -41,10 +42,11 @@ from megavlm.routing.tasks import TASKS
 from megavlm.runs.exits import Exit, RunEnded
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.status import write_status
+from megavlm.system.harmless import harmless
 from megavlm.system.world import World, set_timeout
-from megavlm.training.forensics import chain, describe_packs, write_report
+from megavlm.training.forensics import chain, describe_packs, report_path, write_report
 from megavlm.training.initial import load_initial_weights
-from megavlm.training.observers import Observer, StepView, Training
+from megavlm.training.observers import Observer, StepView, Training, unharmed
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +88,13 @@ class Trainer:
         data = config.data
         pin_memory = world.device.type == "cuda"
         self.loader = Loader(parts.make_lane, self.lanes, self.states, data.num_workers, data.prefetch_packs, pin_memory)
-        self.writer = SummaryWriter(str(self.folder.tensorboard), purge_step=self.step + 1) if world.is_main else None
+        self.board = Board(self.folder.tensorboard, self.step + 1, world.is_main)
         self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job())
+        self.training = Training(parts, world, self.engine, self.folder, self.board)
         for observer in observers:
-            observer.attach(Training(parts, world, self.engine, self.folder, self.writer))
+            observer.attach(self.training)
 
-    def _build_engine(self):
+    def _build_engine(self) -> Engine:
         """The model with its first weights, under DeepSpeed."""
         config = self.parts.config
         # the same weights on every rank: DeepSpeed keeps rank 0's, but a frozen seed costs nothing
@@ -150,7 +153,8 @@ class Trainer:
                 self._report(step, float(norm))
             for observer in self.observers:
                 self.watchdog.enter(observer.name)
-                observer.after_step(self.step)
+                with unharmed(observer, self.engine):
+                    observer.after_step(self.step)
             self.watchdog.enter("save")
             wish = self.wishes.agree(step_ends=True)
             if self.step % config.checkpoint.every_steps == 0 or self.step == num_steps or wish == Wish.SAVE:
@@ -185,7 +189,8 @@ class Trainer:
         view = StepView(step, packs, factor_G, totals[: len(TASKS)].cpu().numpy(), self._seed_modules)
         for observer in self.observers:
             self.watchdog.enter(observer.name)
-            observer.before_step(view)
+            with unharmed(observer, engine):
+                observer.before_step(view)
         step_loss = torch.zeros((), device=self.world.device)
         losses, begin_cpu_s = [], time.thread_time()
         for number, pack in enumerate(packs):
@@ -228,8 +233,7 @@ class Trainer:
         shared = {"guard": self.guard.state(), "totals": dict(self.meters.totals)}
         of_rank = {"meters": self.meters.state(), "digests": {str(lane): d for lane, d in self.digests.items()}}
         stall_s = self.checkpointer.save(self.step, self.engine, self.states, shared, metrics=self._reported, of_rank=of_rank)
-        if self.writer:
-            self.writer.add_scalar("checkpoint/stall_s", stall_s, self.step)
+        self.board.scalars({"checkpoint/stall_s": stall_s}, self.step)
 
     def _save_and_end(self) -> None:
         """Save what there is and leave: the last word of a run that was told to stop."""
@@ -258,8 +262,7 @@ class Trainer:
         gc.enable()
         self.watchdog.stop()
         self.loader.close()
-        if self.writer:
-            self.writer.close()
+        self.board.close()
 
     def _handle_skipped(self, skipped: list) -> None:
         """Tell, keep the packs' names, and end the run when there are too many in a row. The same on all ranks."""
@@ -267,7 +270,9 @@ class Trainer:
             lr, packs = bad.context
             all_packs = [pack for rank in self.world.gather(packs) for pack in rank]
             if self.world.is_main:
-                path = write_report(self.folder.forensics, bad, all_packs, lr)
+                path = report_path(self.folder.forensics, bad.step)
+                with harmless(str(path)):
+                    write_report(path, bad, all_packs, lr)
                 log.warning(
                     "step %d was skipped: %s (loss %.4g, gradient norm %.4g); its packs: %s; look at them with"
                     " `megavlm replay %s --step %d`",
@@ -315,8 +320,7 @@ class Trainer:
         self._reported = values
         if not self.world.is_main:
             return
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step + 1)
+        self.board.scalars(values, step + 1)
         for remark in remarks:
             log.info("held up by %s; see %s", remark, self.folder.stragglers)
         self._write_status("running")
@@ -339,17 +343,18 @@ class Trainer:
         if not self.world.is_main:
             return
         step_s = self._reported.get("time/step_s", 0.0)
-        write_status(
-            self.folder,
-            state=state,
-            step=self.step,
-            num_steps=self.parts.config.optimizer.num_steps,
-            world_size=self.world.size,
-            step_s=step_s,
-            report_s=step_s * self.parts.config.monitor.log_every_steps,
-            tokens_per_s=self._reported.get("throughput/tokens_per_s", 0.0),
-            skipped=self.guard.num_skipped,
-        )
+        with harmless(str(self.folder.status)):
+            write_status(
+                self.folder,
+                state=state,
+                step=self.step,
+                num_steps=self.parts.config.optimizer.num_steps,
+                world_size=self.world.size,
+                step_s=step_s,
+                report_s=step_s * self.parts.config.monitor.log_every_steps,
+                tokens_per_s=self._reported.get("throughput/tokens_per_s", 0.0),
+                skipped=self.guard.num_skipped,
+            )
 
     def _description(self) -> str:
         numel = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())

@@ -29,6 +29,5 @@ def _train_on(world, config, packs_of_steps: list) -> dict:
         norms.append(float(trainer.train_step(step)))
         trainer.step = step + 1
         instruments.after_step(trainer.step)
-    if trainer.writer:
-        trainer.writer.close()
+    trainer.board.close()
     return {"norms": norms, "weights": weights(trainer.engine), "left": left}

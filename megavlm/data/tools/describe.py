@@ -15,7 +15,7 @@ from megavlm.data.pack.encode import Encoder
 from megavlm.data.read.sample import Sample
 from megavlm.data.tools.lint import Report, read_samples
 from megavlm.errors import DataError
-from megavlm.system.pictures import pyplot, save_grid
+from megavlm.system.pictures import pyplot, save_figure, save_grid
 from megavlm.vocabulary import Vocabulary
 
 
@@ -98,9 +98,7 @@ def _histogram(lengths: dict[str, list[int]], unit: str, by_group: dict[str, np.
     if by_group:
         axes[0, 1].set(xlabel="ids, the most frequent first", ylabel="how often each occurs")
         axes[0, 1].legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    save_figure(figure, out)
 
 
 def preview(urls: list[str], source, out: Path, num_samples: int = 40) -> tuple[Report, bool]:

@@ -204,10 +204,7 @@ def _mean_and_worst(values_s: np.ndarray) -> dict[str, float]:
 
 def report(result: dict, out: Path, title: str) -> dict:
     """Write the figure ``out`` (PNG) and the figures beside it (JSON); returns the latter."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from megavlm.system.pictures import plain, pyplot, save_figure
 
     figure, (spread, bars) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     labels = {"megavlm": "megavlm", "first_fit": "first fit", "first_come": "first come"}
@@ -226,10 +223,8 @@ def report(result: dict, out: Path, title: str) -> dict:
     bars.set_xticks(places, ["stages' maxima\nsummed", "total", *result["megavlm"]["stages"]], fontsize=8)
     bars.set(ylabel="max / mean over lanes", title="waiting: mean over steps, line to the worst step")
     bars.legend()
-    figure.suptitle(title)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    figure.suptitle(plain(title, width=120))
+    save_figure(figure, out)
     numbers = {packer: {k: v for k, v in values.items() if k != "totals"} for packer, values in result.items()}
     out.with_suffix(".json").write_text(json.dumps({"title": title, **numbers}, indent=1))
     return numbers

@@ -23,6 +23,7 @@ from megavlm.errors import DataError, MegavlmError
 from megavlm.evaluation.sampling import answer
 from megavlm.evaluation.sets.entries import BadEntries, Item, read_image
 from megavlm.evaluation.trained import TrainedModel
+from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
 
 NUM_SHOWN = 40
@@ -81,8 +82,9 @@ class Judge:
         progress = track(repeated, f"{self.kind} {self.bad.file.name}", console=Console(stderr=True))
         settings = {"drawings_per_prompt": num_per_prompt} | model.config.model_dump(include={"temperature", "top_k", "guidance"})
         result = self._run(progress, respond, score, settings)
-        captions, images = zip(*shown)
-        save_grid(images, [caption[:30] for caption in captions], self.stem.with_name(f"{self.stem.name}.png"), columns=8)
+        picture = self.stem.with_name(f"{self.stem.name}.png")
+        with harmless(f"the picture {picture}"):
+            save_grid([image for _, image in shown], [caption for caption, _ in shown], picture, columns=8)
         return result
 
     def _with_images(self, items: list[Item], images: Path) -> Iterator[tuple[Item, EncodedSample]]:
