@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megavlm.config.mistakes import describe
+from megavlm.config.checks import contradictions
+from megavlm.config.document import foreign_values, parse_yaml, shown, shown_text
+from megavlm.config.mistakes import describe_all, message_of
 from megavlm.config.run import RunConfig
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.routing.plan import RoutingConfig
@@ -32,12 +34,16 @@ def load_config(recipe: str, overrides: dict[str, Any] | None = None) -> RunConf
     tree = read_settings(path)
     for dotted, value in (overrides or {}).items():
         _override(tree, dotted, read_value(dotted, value))
+    if foreign := [f"  {where or 'recipe'}: {what}" for where, what in foreign_values(tree)]:
+        raise ConfigError(message_of(path, foreign))
     _import_modules(tree, path)
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [describe(mistake, tree) for mistake in error.errors()]
-        raise ConfigError(f"{path}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from error
+        raise ConfigError(message_of(path, describe_all(error, tree))) from error
+    if lines := [f"  {where}: {what}" for where, what in contradictions(config)]:
+        raise ConfigError(message_of(path, lines))
+    return config
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -47,9 +53,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         ConfigError: If it is not YAML, or no mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}\n  do:    correct the file at the place named") from error
+        raise ConfigError(f"{path} is not YAML: {_in_short(error)}\n  do:    correct the file at the place named") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}\n  do:    check the path and its permissions") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no settings\n  do:    start from a file in {RECIPES}")
     return tree
@@ -58,9 +66,11 @@ def read_settings(path: Path) -> dict[str, Any]:
 def read_value(name: str, value: Any) -> Any:
     """What was given for a setting on the command line; a string is read as YAML."""
     try:
-        return yaml.safe_load(value) if isinstance(value, str) else value
+        return parse_yaml(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: {value!r} is not YAML: {error}\n  do:    close what is open, and quote what has a colon") from error
+        raise ConfigError(
+            f"{name}: {shown(value)} is not YAML: {_in_short(error)}\n  do:    close what is open, and quote what has a colon"
+        ) from error
 
 
 def run_dir_of(recipe: str, overrides: dict[str, Any]) -> str | None:
@@ -89,6 +99,10 @@ def _import_modules(tree: dict, recipe: Path) -> None:
         # the union of policies is part of the schema
         RoutingConfig.model_rebuild(force=True)
         RunConfig.model_rebuild(force=True)
+
+
+def _in_short(error: Exception) -> str:
+    return shown_text(str(error), 1000)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -5,33 +5,57 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+from pydantic import ValidationError
+
+from megavlm.config.document import LONGEST_SHOWN, shown, shown_text
 from megavlm.config.run import RunConfig
 from megavlm.routing.policies import POLICIES, Policy
 from megavlm.settings import Settings
 
+MOST_SHOWN = 30
+"""Mistakes that a message lists."""
 
-def describe(mistake: dict, tree: Any) -> str:
+
+def message_of(source: Any, lines: list[str]) -> str:
+    """The message for mistakes of a file, one per line."""
+    left_out = [f"  … and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
+    head = f"{source}: {len(lines)} mistake{'s' * (len(lines) > 1)}"
+    return "\n".join([head, *lines[:MOST_SHOWN], *left_out, "  do:    correct what is named, in the recipe or on the command line"])
+
+
+def describe_all(error: ValidationError, tree: Any, root: type[Settings] = RunConfig) -> list[str]:
+    """The mistakes that pydantic found in ``tree``, the settings of a ``root``, one line each."""
+    found = [_describe(mistake, tree, root) for mistake in error.errors()]
+    # of the alternatives of a setting the one that came further says what is wrong
+    lines = [line for path, line in found if not any(other.startswith(path + ".") for other, _ in found)]
+    return [f"  {line}" for line in dict.fromkeys(lines)]
+
+
+def _describe(mistake: dict, tree: Any, root: type[Settings]) -> tuple[str, str]:
+    """Dotted path, and the line."""
     parts = []
     for i, part in enumerate(mistake["loc"]):
         # pydantic names the chosen member of a union in the path; the user did not write it
-        if isinstance(tree, dict) and part not in tree and i + 1 < len(mistake["loc"]):
+        is_members = part not in tree if isinstance(tree, dict) else not isinstance(part, int)
+        if is_members and (i + 1 < len(mistake["loc"]) or not isinstance(tree, dict)):
             continue
-        parts.append(str(part))
-        tree = tree.get(part) if isinstance(tree, dict) else None
+        parts.append(shown_text(str(part), LONGEST_SHOWN))
+        tree = tree[part] if isinstance(tree, dict | list) and not is_members else None
     path, value = ".".join(parts), mistake["input"]
     if mistake["type"] == "extra_forbidden":
-        return f"  {path}: there is no such setting (value {value!r}). Did you mean {nearest_path(path)}?"
+        return path, f"{path}: there is no such setting (value {shown(value)}). Did you mean {nearest_path(path, root)}?"
     if mistake["type"] == "missing":
-        return f"  {path}: is missing and has no default"
+        return path, f"{path}: is missing and has no default"
     if mistake["type"] == "union_tag_invalid":
         tags = mistake["ctx"]["expected_tags"].replace("'", "").split(", ")
         near = difflib.get_close_matches(str(mistake["ctx"]["tag"]), tags, n=1, cutoff=0)[0]
         discriminator = mistake["ctx"]["discriminator"].strip("'")
-        return f"  {path}.{discriminator}: there is no {mistake['ctx']['tag']!r}. Did you mean {near}? There are {', '.join(tags)}."
-    return f"  {path}: {mistake['msg']} (value {value!r})"
+        line = f"{path}.{discriminator}: there is no {shown(mistake['ctx']['tag'])}. Did you mean {near}? There are {', '.join(tags)}."
+        return path, line
+    return path, f"{path}: {mistake['msg'].removeprefix('Value error, ')} (value {shown(value)})"
 
 
-def nearest_path(path: str) -> str:
+def nearest_path(path: str, root: type[Settings] = RunConfig) -> str:
     """The existing setting that looks most like ``path``, by its whole path and by its last name."""
     given = path.split(".")
 
@@ -43,7 +67,7 @@ def nearest_path(path: str) -> str:
     known_paths = [
         # the names inside a mapping are the user's own: take them over
         ".".join(given[i] if part == "*" and i < len(given) else part for i, part in enumerate(known.split(".")))
-        for known in _all_paths(RunConfig)
+        for known in _all_paths(root)
     ]
     return max((known for known in known_paths if not path.startswith(known + ".")), key=likeness)
 

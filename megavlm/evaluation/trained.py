@@ -11,6 +11,7 @@ from pydantic import Field
 
 from megavlm.data.pack.encode import Encoder
 from megavlm.data.pack.pack import Costing
+from megavlm.data.read.source import ShardPatterns
 from megavlm.evaluation.sampling import draw_images
 from megavlm.image_tokenizers.protocol import ImageTokenizer
 from megavlm.model.backbone import Backbone
@@ -24,7 +25,7 @@ class EvaluationConfig(Settings):
 
     benchmark: PathText | None = None
     """What is asked and who judges: digits, shapes, or `module:Class` (see `megavlm.evaluation.benchmark`)."""
-    shards: str | list[str] | None = None
+    shards: ShardPatterns | None = None
     """The held-out samples of the benchmark."""
     num_drawings: Annotated[Positive, Field(le=10**6)] = 200
     """Images to draw, evenly over the benchmark's prompts."""

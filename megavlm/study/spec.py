@@ -13,6 +13,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from megavlm.config import RunConfig, load_config, read_settings, read_value
+from megavlm.config.document import foreign_values
+from megavlm.config.mistakes import describe_all, message_of
 from megavlm.data.pack.mixture import token_shares
 from megavlm.errors import ConfigError
 from megavlm.parts.parts import Parts
@@ -94,11 +96,12 @@ def load_study(name: str, overrides: dict[str, Any] | None = None) -> StudyConfi
     """
     path = find_resource("recipes/studies", name, ".yaml")
     tree = read_settings(path) | {key: read_value(key, value) for key, value in (overrides or {}).items()}
+    if foreign := [f"  {where or 'study'}: {what}" for where, what in foreign_values(tree)]:
+        raise ConfigError(message_of(path, foreign))
     try:
         study = StudyConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (value {e['input']!r})" for e in error.errors()]
-        raise ConfigError(f"{path}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from error
+        raise ConfigError(message_of(path, describe_all(error, tree, StudyConfig))) from error
     if DENSE not in study.policies:
         raise ConfigError(f"{path}: policies has no {DENSE!r} to compare with\n  do:    add it: {DENSE}: {{}}")
     return study

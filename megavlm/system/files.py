@@ -137,7 +137,7 @@ def find_resource(folder: str, name: str, suffix: str) -> Path:
     shipped = (RECIPES.parent if folder.startswith("recipes") else PROJECT) / folder
     candidates = [Path(name), shipped / f"{name}{suffix}"]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):  # also of a name that no file can have
             return path
     known = ", ".join(sorted(path.stem for path in shipped.glob(f"*{suffix}")))
-    raise ConfigError(f"no file {name}, and {folder} has none of that name\n  do:    give a path or one of: {known}")
+    raise ConfigError(f"no file {name[:200]}, and {folder} has none of that name\n  do:    give a path or one of: {known}")

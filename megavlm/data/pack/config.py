@@ -3,11 +3,24 @@
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megavlm.data.pack.encode import Layout
 from megavlm.data.read.source import SourceConfig
 from megavlm.settings import Count, Name, Number, PathText, Positive, Settings, Share
+
+
+MOST_TOKENS = 2**24
+"""Of a pack."""
+
+
+def _check_layouts(layouts: list[tuple[int, Layout]]) -> list[tuple[int, Layout]]:
+    for _, layout in layouts:
+        lengths = [length for length, _ in layout.spans]
+        is_possible = 0 < layout.num_tokens <= MOST_TOKENS and sum(lengths) <= layout.num_tokens and min(lengths, default=1) > 0
+        if not is_possible or not 0 <= min(layout[1:3]) <= max(layout[1:3]) <= layout.num_tokens or {t for _, t in layout.spans} - {0, 1}:
+            raise ValueError("holds a layout that no sample has; leave data.mixture out, it is found again")
+    return layouts
 
 
 class SourceMixture(Settings):
@@ -15,7 +28,7 @@ class SourceMixture(Settings):
 
     num_samples: Positive | None
     """Samples of an epoch, where every shard has an index."""
-    layouts: list[tuple[int, Layout]]
+    layouts: Annotated[list[tuple[Positive, Layout]], Field(min_length=1), AfterValidator(_check_layouts)]
     """(count, layout): [count, [tokens, labelled tokens, [[length, task] of each image span]]]."""
 
     @cached_property
@@ -40,7 +53,7 @@ class DataConfig(Settings):
     """Name → source."""
     num_lanes: Annotated[Positive, Field(le=2**16)] = 8
     """Independent streams of packs = packs per optimizer step. The world size must divide it."""
-    pack_tokens: Annotated[Positive, Field(le=2**24)] = 8192
+    pack_tokens: Annotated[Positive, Field(le=MOST_TOKENS)] = 8192
     """Upper bound of a pack's length in tokens (memory)."""
     weights: Literal["samples", "tokens"] = "samples"
     """What the sources' weights share out."""

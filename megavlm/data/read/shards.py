@@ -6,9 +6,9 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-import braceexpand
 from webdataset.tariterators import base_plus_ext
 
+from megavlm.data.read.patterns import expand_patterns
 from megavlm.data.read.tar import read_members
 from megavlm.data.read.urls import Opener, is_local, local_path
 from megavlm.errors import ConfigError, DataError
@@ -25,16 +25,14 @@ def expand_shards(name: str, shards: str | list[str]) -> list[str]:
     """The URLs of a source, braces expanded, in their order.
 
     Raises:
-        ConfigError: If the list is empty, has a shard twice or a local file is missing.
+        ConfigError: If the patterns are none.
+        DataError: If a local file is missing.
     """
-    patterns = [shards] if isinstance(shards, str) else shards
-    # a pipe is a command: its braces are the shell's
-    urls = [u for p in patterns for u in ([p] if p.startswith("pipe:") else braceexpand.braceexpand(p))]
-    if not urls:
-        raise ConfigError(f"data.sources.{name}.shards is empty\n  do:    name at least one shard")
-    if len(set(urls)) < len(urls):
-        twice = next(url for url in urls if urls.count(url) > 1)
-        raise ConfigError(f"data.sources.{name}.shards names {twice} more than once\n  do:    use the weight instead")
+    try:
+        urls = expand_patterns(shards)
+    except ValueError as error:
+        what, _, remedy = str(error).rpartition("; ")
+        raise ConfigError(f"{f'data.sources.{name}.shards' if name else 'shards'} {what}\n  do:    {remedy}") from error
     for url in urls:
         check_exists(url, name)
     return urls

@@ -2,15 +2,24 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from megavlm.data.read.patterns import expand_patterns
 from megavlm.settings import PathText, Positive, Settings, Share, Weight
+
+
+def _check_patterns(patterns: str | list[str]) -> str | list[str]:
+    expand_patterns(patterns)
+    return patterns
+
+
+ShardPatterns = Annotated[str | list[str], AfterValidator(_check_patterns)]
 
 
 class SourceConfig(Settings):
     """A set of WebDataset shards with a weight in the mixture."""
 
-    shards: str | list[str]
+    shards: ShardPatterns
     """URL or list of URLs; braces expand: `data/train-{0000..0015}.tar`. Also `file:`, `pipe:` and `http:`."""
     weight: Weight = 1.0
     """Share of the samples (or tokens, see `data.weights`) drawn from this source, relative to the other weights."""

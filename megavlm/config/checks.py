@@ -1,0 +1,62 @@
+"""What settings say of each other: contradictions that no single setting shows, found when the recipe is read."""
+
+from collections.abc import Iterator
+
+from megavlm.config.run import RunConfig
+from megavlm.routing.tasks import TASKS
+
+MOST_CHUNKS = 1024
+"""Calls of the output head per pack."""
+SMALLEST_SHARE = 1e-9
+"""Of a source: one with less would never come up."""
+
+
+def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(dotted path, what is wrong and what to do) of everything that cannot be together."""
+    yield from _optimizer(config)
+    yield from _routing(config)
+    yield from _data(config)
+    weights = config.loss.task_weights
+    if not any(weights.get(task, 1.0) for task in TASKS):
+        yield "loss.task_weights", "all are 0, so there is nothing to learn; give one task a weight"
+
+
+def _optimizer(config: RunConfig) -> Iterator[tuple[str, str]]:
+    optimizer = config.optimizer
+    if optimizer.warmup_steps > optimizer.num_steps:
+        yield (
+            "optimizer.warmup_steps",
+            f"the warm-up of {optimizer.warmup_steps} steps is longer than the run of {optimizer.num_steps}"
+            " (optimizer.num_steps); lower it",
+        )
+    if optimizer.learning_rate * optimizer.weight_decay >= 1:
+        yield "optimizer.weight_decay", "times learning_rate it is 1 or more, so one step erases the weights; lower one of them"
+
+
+def _routing(config: RunConfig) -> Iterator[tuple[str, str]]:
+    routing = config.routing
+    if routing.warmup_fraction + routing.dense_finish_fraction > 1:
+        yield "routing.warmup_fraction", "with dense_finish_fraction it is more than the whole run; lower one of them"
+
+
+def _data(config: RunConfig) -> Iterator[tuple[str, str]]:
+    data = config.data
+    num_chunks = -(-data.pack_tokens // config.loss.chunk_rows)
+    if num_chunks > MOST_CHUNKS:
+        yield (
+            "loss.chunk_rows",
+            f"a pack of {data.pack_tokens} tokens would go through the output head in {num_chunks} parts;"
+            f" give at least {-(-data.pack_tokens // MOST_CHUNKS)}",
+        )
+    has_repeat = [source.repeat is not None for source in data.sources.values()]
+    if any(has_repeat) and not all(has_repeat):
+        yield "data.sources", "repeat is given for some sources only; give it, or a weight, to all"
+    if not any(has_repeat):
+        yield from _hardly_drawn(config)
+
+
+def _hardly_drawn(config: RunConfig) -> Iterator[tuple[str, str]]:
+    weights = {name: source.weight ** (1 / config.data.temperature) for name, source in config.data.sources.items()}
+    for name, weight in weights.items():
+        if weight < SMALLEST_SHARE * sum(weights.values()):
+            yield f"data.sources.{name}.weight", "is so small beside the others that the source never comes up; leave it out or raise it"
