@@ -1,0 +1,27 @@
+"""What is resolved is resolved once."""
+
+import pytest
+
+from megavlm.image_tokenizers.pixel import PixelTokenizer
+from megavlm.launch.train import make_trainer
+from tests.distributed.ranks import run_ranks
+
+
+def count_image_tokenizers(world, config, num_steps: int) -> int:
+    """How many image tokenizers a start and some steps make in this process."""
+    made, make = [], PixelTokenizer.__init__
+
+    def counting(self, *args):
+        made.append(self)
+        make(self, *args)
+
+    PixelTokenizer.__init__ = counting
+    trainer = make_trainer(config, world)
+    for step in range(num_steps):
+        trainer.train_step(step)
+    return len(made)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_image_tokenizer_is_made_once_per_process(make_config, world_size):
+    assert run_ranks(world_size, count_image_tokenizers, make_config(), 2) == [1] * world_size
