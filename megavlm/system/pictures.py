@@ -3,12 +3,8 @@
 import math
 import re
 import textwrap
-<<<<<<< HEAD
-from collections.abc import Collection, Sequence
-=======
 import warnings
-from collections.abc import Sequence
->>>>>>> c2976bd (No picture, log or report ends a run: any text in a figure, one board, observers whose errors are remarks)
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -69,7 +65,7 @@ def save_grid(images: Collection[np.ndarray], captions: Sequence[str], path: Pat
         columns: Images per row.
         title: Above the grid.
     """
-    shown = images[:MOST_IMAGES]
+    shown = list(images)[:MOST_IMAGES]
     if len(shown) < len(images):
         title = f"{title} (the first {len(shown)} of {len(images)})"
     columns = min(columns, max(1, len(shown)))
@@ -80,7 +76,7 @@ def save_grid(images: Collection[np.ndarray], captions: Sequence[str], path: Pat
     for axis, image, caption in zip(axes.flat, shown, captions, strict=False):
         axis.imshow(image, interpolation="nearest", vmin=0, vmax=255)
         axis.set_title(plain(caption, CAPTION_WIDTH, CAPTION_LINES), fontsize=8)
-    if not len(shown):
+    if not shown:
         axes[0, 0].set_title("no images", fontsize=8)
     if title:
         figure.suptitle(plain(title, max(20, 16 * columns)), fontsize=11)
