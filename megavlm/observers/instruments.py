@@ -34,7 +34,7 @@ class Instruments(Observer):
         """Log how the gradients of the step's tasks lie to each other."""
         if not _is_due(step.number, self.config.geometry_every_steps):
             return
-        factors = factors_of_tasks(step.factor_G, step.labels_t)
+        factors = factors_of_tasks(step.factor_G, step.labels_t.cpu().numpy())
         pairs = under_zero(self.engine, self.world, step.packs, factors, step.before_pack)
         for pair, blocks in pairs.items():
             for block, alignment in blocks.items():

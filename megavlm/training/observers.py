@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from megavlm.data.pack.pack import Pack
@@ -44,8 +43,8 @@ class StepView:
     """Of this rank, on the host."""
     factor_G: torch.Tensor
     """What each of the sums that the backbone gives is multiplied by."""
-    labels_t: np.ndarray
-    """Labelled tokens of each task in the step, over all ranks."""
+    labels_t: torch.Tensor
+    """Labelled tokens of each task in the step, over all ranks; on the device."""
     before_pack: Callable[[Pack], None]
     """Called before each forward pass of the step."""
 

@@ -186,7 +186,7 @@ class Trainer:
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         self.learning_rate = lr
-        view = StepView(step, packs, factor_G, totals[: len(TASKS)].cpu().numpy(), self._seed_modules)
+        view = StepView(step, packs, factor_G, totals[: len(TASKS)], self._seed_modules)
         for observer in self.observers:
             self.watchdog.enter(observer.name)
             with unharmed(observer, engine):
