@@ -7,24 +7,24 @@ from megavlm.errors import ConfigError
 
 
 class AnalyzeCommands:
-    """Look into a trained run: where attention goes, what image tokens are needed for, how the tasks pull on the weights.
+    """Look into a trained run: where attention goes, which layers need image tokens, how the gradients of the tasks agree.
 
-    Everything is written to RUN/analysis/ as JSON and PNG, and into the run's TensorBoard. Samples are the first ones of the
-    training's sources, or held-out shards: --shards="data/digits/{understanding,generation}-test-00.tar"
+    Results go to RUN/analysis/ as JSON and PNG, and into the run's TensorBoard. Samples are the first ones of the training's
+    sources, or held-out shards: --shards="data/digits/{understanding,generation}-test-00.tar"
     """
 
     def attention(self, run: str, shards=None, num_packs: Positive = 8, num_rows: Positive = 64, **overrides):
-        """Say where attention goes, by layer, key/value head, task, and whether text or image asks.
+        """Say where attention goes, by layer, key/value head, task, and kind of query (text or image).
 
-        Shares on text, image, special and sink tokens, entropy, and the effective number of image tokens. Some rows of every sequence are
-        computed again in float32 from the queries and keys that the fused kernel gets.
+        The figures: shares on text, image, special and sink tokens, entropy, and the effective number of image tokens. Some rows of every
+        sequence are computed again in float32, from the queries and keys that the fused kernel gets.
 
         Args:
-            run: The run folder; its newest checkpoint is taken.
-            shards: Held-out shards in megavlm's own format, braces expand; the training's sources if not given.
+            run: The run folder; the newest checkpoint is used.
+            shards: Held-out shards in megavlm's own format, braces expand; by default the training's sources.
             num_packs: Packs to look at.
-            num_rows: Most rows of one kind in one sequence.
-            overrides: Settings to change: --evaluation.route=trained looks along the training's route.
+            num_rows: Most rows of one kind of query in one sequence.
+            overrides: Settings to change: --evaluation.route=trained uses the training's route instead of the dense one.
         """
         from megavlm.analysis.report import analyze_attention
         from megavlm.analysis.subject import Subject
@@ -41,19 +41,19 @@ class AnalyzeCommands:
         keep_ratios=(0.1, 0.25, 0.5, 0.75),
         **overrides,
     ):
-        """Say how much the losses rise when image tokens leave after a layer, and suggest a route for a share of the FLOPs.
+        """Say how much the losses rise when image tokens leave after a layer; suggest a route for a share of the FLOPs.
 
             megavlm analyze drops runs/mine --flops_share=0.6
 
-        Images that are read leave for good; those that are drawn skip all layers up to the last, in which they must be back for their loss.
-        With a share, bypasses of parts of the tokens are tried as well, and the block `routing:` of a recipe is printed and written
-        to RUN/analysis/route.yaml. Nothing is trained: the rise is what leaving costs a model that has not learnt to live with it.
+        Images that are read leave for good. Images that are drawn carry a loss, so they come back for the last layer. With --flops_share,
+        bypasses of a part of the tokens are tried as well; the block `routing:` of a recipe is printed, and written to
+        RUN/analysis/route.yaml. Nothing is trained: the rise is the cost for a model that has not learnt to live without these tokens.
 
         Args:
-            run: The run folder; its newest checkpoint is taken.
-            flops_share: Forward FLOPs that the route may leave of the dense ones on these packs, 0 to 1.
-            shared: Suggest the same block of layers for both tasks (`shared_bypass`).
-            shards: Held-out shards in megavlm's own format, braces expand; the training's sources if not given.
+            run: The run folder; the newest checkpoint is used.
+            flops_share: Most forward FLOPs of the suggested route, as a share of the dense ones on these packs, 0 to 1.
+            shared: Suggest one block of layers for both tasks (`shared_bypass`).
+            shards: Held-out shards in megavlm's own format, braces expand; by default the training's sources.
             num_packs: Packs to measure on.
             keep_ratios: Shares of the tokens that bypasses keep.
             overrides: Settings to change.
@@ -76,16 +76,16 @@ class AnalyzeCommands:
             print(chosen.recipe())
 
     def geometry(self, run: str, shards=None, num_packs: Positive = 4, num_images: Positive = 128, **overrides):
-        """Compare the tasks at every checkpoint that still exists: gradients per block, and states of the same images.
+        """Compare the tasks at every checkpoint that still exists: their gradients, and their states of the same images.
 
-        Cosine, norms and interference of the tasks' gradients per layer and part (norms, q, k, v, o, mlp), embedding and head; linear CKA
-        between the states of an image read and of the same image drawn, layer by layer.
+        Gradients: cosine, norms and interference, per layer and part (norms, q, k, v, o, mlp), embedding and head. States: linear CKA
+        between an image that is read and the same image drawn, layer by layer.
 
         Args:
             run: The run folder. Keep checkpoints with --checkpoint.keep_every_steps while it trains.
-            shards: Held-out shards in megavlm's own format, braces expand; the training's sources if not given.
+            shards: Held-out shards in megavlm's own format, braces expand; by default the training's sources.
             num_packs: Packs to take gradients of.
-            num_images: Drawn images to compare with their read versions.
+            num_images: Images whose read and drawn states are compared.
             overrides: Settings to change: --evaluation.route=trained takes gradients along the training's route.
         """
         from megavlm.analysis.report import analyze_geometry

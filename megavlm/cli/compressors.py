@@ -33,28 +33,28 @@ class CompressorCommands:
         device: str = "",
         **overrides,
     ):
-        """Train a plug-in that gives a recipe's image tokenizer fewer tokens per image (UniCompress); see docs/compress.md.
+        """Train a UniCompress plug-in, so that a recipe's image tokenizer needs fewer tokens per image; see docs/compress.md.
 
             megavlm data compressor digits "data/digits/generation-train-{00..07}.tar" data/digits/compressor --factor=2
 
         Args:
-            recipe: Whose image tokenizer it goes around: a YAML file, or a name such as `digits`.
-            shards: Path or URL, braces expand; raw images, or codes of that tokenizer.
+            recipe: The recipe with the image tokenizer: a YAML file, or a name such as `digits`.
+            shards: Path or URL, braces expand; with raw images, or codes of that tokenizer.
             out: Folder to write: weights, metrics.json, reconstructions.png.
-            factor: 2 pools blocks of 2 x 2 codes (4 times fewer tokens), 4 blocks of 4 x 4 (16 times).
-            num_global: Global tokens.
+            factor: 2 pools blocks of 2 x 2 codes (4 times fewer tokens), 4 pools blocks of 4 x 4 (16 times fewer).
+            num_global: Global tokens per image.
             codebook_size: Entries of the plug-in's codebook.
             hidden_width: Width inside the plug-in.
             num_layers: Layers of the decompressor.
             num_heads: Attention heads.
-            embedding_width: Of learned embeddings, where the tokenizer has none of its own.
+            embedding_width: Width of the learned embeddings, where the tokenizer has none of its own.
             steps: Optimizer steps.
             batch_images: Images per step.
-            learning_rate: Its peak.
-            max_images: Images that are read at most.
-            seed: Of weights and order.
+            learning_rate: Peak of the learning rate.
+            max_images: Most images to read.
+            seed: Seed of weights and data order.
             format: How samples are written.
-            device: cpu or cuda; what is there if not given.
+            device: cpu or cuda; by default cuda where there is a GPU.
             overrides: Settings of the recipe to change: --vocabulary.image_tokenizer='{kind: vq, path: data/vq, height: 8, width: 8}'
         """
         import torch

@@ -11,10 +11,10 @@ from megavlm.cli.arguments import NotNegative, Positive
 class JudgeCommands:
     """Judge a run on published sets from local files; nothing is fetched.
 
-    Each kind reads a file, asks the newest checkpoint, and writes figures and every answer to RUN/judged/. Entries that cannot be used
+    Each kind reads a file, asks the newest checkpoint, and writes the figures and every answer to RUN/judged/. Entries that cannot be used
     (broken line, missing image) are named and counted; more than --max_bad of them end the judging. See docs/judging.md.
 
-    Settings of the run can be changed as everywhere: --evaluation.route=trained --evaluation.guidance=3 --seed=1
+    Any setting of the run can be changed: --evaluation.route=trained --evaluation.guidance=3 --seed=1
     """
 
     def vqa(
@@ -30,21 +30,21 @@ class JudgeCommands:
         max_bad: NotNegative = 100,
         **overrides,
     ):
-        """Short answers: VQAv2, OK-VQA, GQA and the like. Exact match, and VQA score where there are ten answers.
+        """Judge short answers (VQAv2, OK-VQA, GQA and the like): exact match, and VQA score where a question has ten answers.
 
             megavlm judge vqa runs/mine OpenEnded_val2014_questions.json --annotations=val2014_annotations.json --images=val2014
             megavlm judge vqa runs/mine testdev_balanced_questions.json --images=gqa/images --image_name="{}.jpg"
 
         Args:
             run: The run folder.
-            questions: VQA's questions; or a JSON list, or lines, of image, question, and answer or answers; or GQA's own file.
-            annotations: VQA's annotations, for VQA's questions.
-            images: Folder of the images; that of the file if not given.
-            image_name: Pattern of file names with the id or name: "{}.jpg", "COCO_val2014_{:012d}.jpg".
-            template: What the model is asked: "{question} Answer with one word."
-            max_tokens: Longest answer.
-            batch_size: Questions at a time.
-            max_bad: Entries that may be unusable.
+            questions: VQA's or GQA's own file; or a JSON list, or JSON lines, with image, question, and answer or answers.
+            annotations: VQA's annotations, where the questions are VQA's file.
+            images: Folder of the images; by default the file's own folder.
+            image_name: Pattern that makes a file name of an image's id or name: "{}.jpg", "COCO_val2014_{:012d}.jpg".
+            template: The prompt: "{question} Answer with one word."
+            max_tokens: Most tokens of an answer.
+            batch_size: Questions per batch.
+            max_bad: Most entries that may be unusable.
             overrides: Settings of the run to change.
         """
         from megavlm.evaluation.sets.vqa import VqaScore, read_questions
@@ -65,18 +65,18 @@ class JudgeCommands:
         max_bad: NotNegative = 100,
         **overrides,
     ):
-        """Yes or no, as in POPE: accuracy, precision, recall, F1, share of yes.
+        """Judge yes-or-no answers, as in POPE: accuracy, precision, recall, F1, share of yes.
 
             megavlm judge yesno runs/mine coco_pope_adversarial.json --images=val2014
 
         Args:
             run: The run folder.
             questions: JSON lines with image, text (or question) and label (yes or no).
-            images: Folder of the images; that of the file if not given.
-            template: What the model is asked: "{question} Answer yes or no."
-            max_tokens: Longest answer.
-            batch_size: Questions at a time.
-            max_bad: Entries that may be unusable.
+            images: Folder of the images; by default the file's own folder.
+            template: The prompt: "{question} Answer yes or no."
+            max_tokens: Most tokens of an answer.
+            batch_size: Questions per batch.
+            max_bad: Most entries that may be unusable.
             overrides: Settings of the run to change.
         """
         from megavlm.evaluation.sets.yes_no import YesNoScore, read_yes_no
@@ -96,16 +96,16 @@ class JudgeCommands:
         max_bad: NotNegative = 100,
         **overrides,
     ):
-        """Captions against those of people: CIDEr-D and BLEU-4.
+        """Judge captions against those of people: CIDEr-D and BLEU-4.
 
         Args:
             run: The run folder.
-            captions: JSON lines, or a list, of image and captions.
-            images: Folder of the images; that of the file if not given.
-            prompt: What the model is asked; one of the requests that it was trained with.
-            max_tokens: Longest caption.
-            batch_size: Images at a time.
-            max_bad: Entries that may be unusable.
+            captions: JSON lines, or a JSON list, with image and captions.
+            images: Folder of the images; by default the file's own folder.
+            prompt: The prompt; use one that the model was trained with.
+            max_tokens: Most tokens of a caption.
+            batch_size: Images per batch.
+            max_bad: Most entries that may be unusable.
             overrides: Settings of the run to change.
         """
         from megavlm.evaluation.sets.captions import CaptionScore, read_captions
@@ -126,19 +126,19 @@ class JudgeCommands:
         max_bad: NotNegative = 100,
         **overrides,
     ):
-        """Are the objects there, as many, of that colour, in that place? GenEval's checks with a detector of yours.
+        """Judge objects in drawings: presence, number, colour and place. GenEval's checks, with a detector of yours.
 
             megavlm judge geneval runs/mine evaluation_metadata.jsonl --detector=detector.py:detect
 
         Args:
             run: The run folder.
-            prompts: JSON lines with prompt, include, and maybe exclude and tag.
-            detector: module:function or file.py:function; an image to a list of class, box, score, color.
+            prompts: JSON lines with prompt and include; exclude and tag are optional.
+            detector: module:function or file.py:function; takes an image, returns a list of class, box, score, color.
             num: Drawings per prompt.
-            min_score: Detections that are less certain are left out.
+            min_score: Detections with a lower score are left out.
             min_score_counting: The same for the tag `counting`.
-            batch_size: Drawings at a time.
-            max_bad: Entries that may be unusable.
+            batch_size: Drawings per batch; another size gives other drawings.
+            max_bad: Most entries that may be unusable.
             overrides: Settings of the run to change.
         """
         from megavlm.evaluation.sets.entries import find_function
@@ -160,18 +160,18 @@ class JudgeCommands:
         max_bad: NotNegative = 100,
         **overrides,
     ):
-        """Distance of drawings from real images: FID with features of yours.
+        """Judge the distance of drawings from real images: FID, with features of yours.
 
             megavlm judge fid runs/mine captions.txt --real=real.npz --features=inception.py:pool
 
         Args:
             run: The run folder.
             prompts: A text file with a prompt per line, or JSON with "prompt".
-            real: Features of real images: npy [N, D], or npz with features, or with mu and sigma.
-            features: module:function or file.py:function; images [N, H, W, 3] to features [N, D].
+            real: Features of real images: npy [N, D], or npz with `features`, or npz with `mu` and `sigma`.
+            features: module:function or file.py:function; takes images [N, H, W, 3], returns features [N, D].
             num: Drawings per prompt.
-            batch_size: Drawings at a time.
-            max_bad: Entries that may be unusable.
+            batch_size: Drawings per batch; another size gives other drawings.
+            max_bad: Most entries that may be unusable.
             overrides: Settings of the run to change.
         """
         from megavlm.evaluation.sets.entries import find_function
@@ -192,18 +192,18 @@ class JudgeCommands:
         max_bad: NotNegative = 100,
         **overrides,
     ):
-        """Likeness of drawings and prompts: CLIP score with features of yours.
+        """Judge how well drawings match their prompts: CLIP score, with features of yours.
 
             megavlm judge clip runs/mine captions.txt --image_features=clip.py:images --text_features=clip.py:texts
 
         Args:
             run: The run folder.
             prompts: A text file with a prompt per line, or JSON with "prompt".
-            image_features: module:function or file.py:function; images [N, H, W, 3] to features [N, D].
-            text_features: The same for a list of N texts.
+            image_features: module:function or file.py:function; takes images [N, H, W, 3], returns features [N, D].
+            text_features: The same; takes a list of N texts.
             num: Drawings per prompt.
-            batch_size: Drawings at a time.
-            max_bad: Entries that may be unusable.
+            batch_size: Drawings per batch; another size gives other drawings.
+            max_bad: Most entries that may be unusable.
             overrides: Settings of the run to change.
         """
         from megavlm.evaluation.sets.entries import find_function

@@ -6,10 +6,10 @@ from megavlm.cli.arguments import NotNegative, Positive
 
 
 class CheckpointCommands:
-    """Look at the checkpoints of a run and tidy them."""
+    """List, verify and prune the checkpoints of a run."""
 
     def list(self, run: str):
-        """One line per complete checkpoint, oldest first: step, size, ranks that wrote it, age, metrics.
+        """List the complete checkpoints, oldest first: step, size, ranks that wrote it, age, metrics.
 
         Args:
             run: The run folder.
@@ -44,11 +44,11 @@ class CheckpointCommands:
         """Remove checkpoints by the run's own retention rule, or by a stricter one.
 
         Args:
-            run: The run folder. The run may be going on.
-            keep_last: The newest so many stay; the recipe's number by default.
-            keep_every_steps: Multiples of this stay; the recipe's by default.
-            keep_best: The best so many by the recipe's metric stay; the recipe's number by default.
-            dry_run: Only say what would go.
+            run: The run folder. The run may be in progress.
+            keep_last: How many of the newest stay; by default the recipe's number.
+            keep_every_steps: Checkpoints at multiples of this step stay; by default the recipe's number.
+            keep_best: How many of the best stay, by the recipe's metric; by default the recipe's number.
+            dry_run: Only say what would be removed.
         """
         from megavlm.parts.trained import load_run_config
         from megavlm.runs.checkpoints import prune
@@ -63,7 +63,7 @@ class CheckpointCommands:
 
 
 class RunCommands:
-    """Mixed into the commands of `megavlm`."""
+    """A part of the commands of `megavlm`, which inherit from it."""
 
     def status(self, run: str):
         """Say where a run stands: state, step, pace, time left, last checkpoint, restarts, queue.
@@ -80,7 +80,7 @@ class RunCommands:
 
         Args:
             run: The run folder.
-            step: Which skipped step; the last one by default.
+            step: The number of the skipped step; by default the last one.
         """
         import json
 
@@ -106,15 +106,15 @@ class RunCommands:
 
             megavlm study digits --parallel 2
 
-        What is done already is not done again. The report is STUDY_DIR/report.md, with report.png and report.json.
+        Arms that are done are not repeated. The report is STUDY_DIR/report.md, with report.png and report.json.
 
         Args:
             study: Path of a YAML file (see megavlm/recipes/studies/digits.yaml), or a name such as `digits`.
-            parallel: Arms at a time on this machine; they share its cores.
-            processes: Processes of each arm's training.
-            array: Train nothing, but write the arms that are not trained yet to this file, for `megavlm submit --array`, and say how.
-            report_only: Train nothing; judge what is trained and report the seeds that are complete.
-            overrides: Of the study: --seeds=[0,1] --study_dir=runs/mine
+            parallel: Arms that run at the same time on this machine; they share its cores.
+            processes: Training processes per arm.
+            array: Train nothing. Write the arms that are not trained yet to this file, and print the `megavlm submit --array` for it.
+            report_only: Train nothing. Judge the trained arms and report the complete seeds.
+            overrides: Settings of the study to change: --seeds=[0,1] --study_dir=runs/mine
         """
         from megavlm.study.report import write_report
         from megavlm.study.results import collect
@@ -158,13 +158,13 @@ class RunCommands:
 
             megavlm submit digits --nodes 4 --gpus-per-node 8 --partition gpu --time 24:00:00 --account me
 
-        The job requeues itself until the run is done: after the time limit, a preemption, a lost node. It does not
-        after a failure.
+        The job requeues itself after the time limit, a preemption or a lost node, until the run is done. After a failure it does
+        not.
 
         Args:
             recipe: Path of a YAML file, or a name such as `digits`.
-            nodes: Nodes.
-            gpus_per_node: GPUs, and processes, on each; 0 is one process per node on its CPUs.
+            nodes: Number of nodes.
+            gpus_per_node: GPUs per node, one process on each; 0 is one process per node, on its CPUs.
             partition: SLURM partition.
             time: Time limit, "24:00:00" or "2-00:00:00".
             account: SLURM account.
@@ -173,14 +173,14 @@ class RunCommands:
             container_image: Image for pyxis (`srun --container-image`).
             modules: Environment modules to load, separated by commas.
             setup: A line of shell that prepares the environment: "source .venv/bin/activate".
-            cache: Node-local folder for copies of shards that come over the network.
-            max_restarts: The job is not requeued more often.
-            warning_s: Seconds before the time limit at which SLURM sends SIGUSR1, 0 for never. The run also watches
-                the clock by itself.
-            array: Submit a study: a YAML file with a list of mappings of overrides; each becomes a run of an array job.
-            template: Another sbatch template than slurm/train.sbatch or slurm/study.sbatch.
+            cache: Node-local folder for copies of remote shards.
+            max_restarts: How often the job is requeued at most.
+            warning_s: SLURM sends SIGUSR1 this many seconds before the time limit; 0 is never. The run also watches the
+                clock by itself.
+            array: YAML file with a list of mappings of overrides; each mapping becomes one run of an array job.
+            template: An sbatch template of your own, instead of slurm/train.sbatch or slurm/study.sbatch.
             sbatch_options: Further options, such as "--constraint=h100 --exclusive".
-            dry_run: Write and show the script, submit nothing.
+            dry_run: Write and show the script; submit nothing.
             overrides: Settings of the recipe to change.
         """
         from megavlm.launch.submit import Job, submit
