@@ -20,10 +20,10 @@ class RunConfig(Settings):
     run_dir: PathText
     """Folder for everything that the run writes."""
     seed: Seed = 0
-    """Of weights, data order, routing and drawing."""
+    """Seed of weights, data order, routing and drawing."""
     init_from: PathText | None = None
-    """Begin with the weights of another run (its folder, or one of its checkpoints), of an exported folder, or of a pretrained Hugging Face
-    model. Only weights: the optimizer, the schedule and the data begin anew. Without effect once the run has a checkpoint of its own."""
+    """Start from the weights of another run (its folder, or one of its checkpoints), of an exported folder, or of a pretrained Hugging Face
+    model. Only the weights are taken: optimizer, schedule and data start fresh. Ignored once the run has a checkpoint of its own."""
     model: ModelConfig
     vocabulary: VocabularyConfig
     data: DataConfig

@@ -22,15 +22,15 @@ class FaultConfig(Settings):
     """Bad steps and hanging ones."""
 
     spike_sigmas: Annotated[Number, Field(gt=0, le=1e6)] = 6.0
-    """A step is skipped if its loss or gradient norm lies so many standard deviations above the mean of the window."""
+    """A step is skipped if its loss or gradient norm lies more than this many standard deviations above the mean of the window."""
     spike_window_steps: Annotated[Positive, Field(ge=2, le=10**6)] = 128
-    """Accepted steps that mean and deviation are taken over; nothing is a spike until there are so many."""
+    """The window: the last accepted steps, from which mean and deviation are computed. Until it is full, no step is a spike."""
     max_skipped_in_a_row: Positive = 10
-    """The run ends when so many steps in a row were skipped."""
+    """The run ends when this many steps in a row were skipped."""
     step_budget_s: Seconds = 1800
-    """The watchdog ends a step that takes longer, with the stacks of all ranks; until the first step is done."""
+    """Until the first step is done, the watchdog ends a step that takes longer, and writes the stacks of all ranks."""
     steady_step_budget_factor: Annotated[Number, Field(gt=1, le=1e6)] = 20.0
-    """From then on the budget is this many times the slowest of the last steps, but at least a minute and at most `step_budget_s`."""
+    """After the first step the budget is this many times the slowest of the last steps: at least a minute, at most `step_budget_s`."""
 
 
 @dataclass(frozen=True)

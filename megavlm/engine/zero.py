@@ -20,13 +20,13 @@ class EngineConfig(Settings):
     deepspeed: PathText = "zero3"
     """Name of a JSON file in `ds_configs/`, or a path. Batch sizes, precision and clipping are set by the recipe."""
     timeout_s: Seconds = 600
-    """A collective that takes longer is an error instead of a hang; until the first step is done."""
+    """Until the first step is done, a collective that takes longer is an error instead of a hang."""
     step_timeout_s: Seconds = 300
-    """The same from then on. Drawings and reports between steps must fit in too."""
+    """The same after the first step. Drawings and reports between steps must fit in too."""
     gc_every_steps: Positive = 100
-    """Python's garbage is collected at these steps, on all ranks together, and at no other time."""
+    """Steps between collections of Python's garbage, on all ranks at the same step and at no other time."""
     stop_margin_s: Annotated[Number, Field(ge=0, le=1e6)] = 20.0
-    """Before the job's time limit a run saves and ends; so long before it needs to, going by earlier saves and steps."""
+    """A run saves and ends before the job's time limit. This margin is added to the time that earlier saves and steps took."""
 
 
 def start_engine(

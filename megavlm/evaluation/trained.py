@@ -24,7 +24,7 @@ class EvaluationConfig(Settings):
     """How `megavlm evaluate` samples and what it judges with."""
 
     benchmark: PathText | None = None
-    """What is asked and who judges: digits, shapes, or `module:Class` (see `megavlm.evaluation.benchmark`)."""
+    """The questions, the requests and their judge: digits, shapes, or `module:Class` (see `megavlm.evaluation.benchmark`)."""
     shards: ShardPatterns | None = None
     """The held-out samples of the benchmark."""
     num_drawings: Annotated[Positive, Field(le=10**6)] = 200
@@ -36,7 +36,7 @@ class EvaluationConfig(Settings):
     guidance: Annotated[Number, Field(ge=0, le=1000)] = 1.0
     """Classifier-free guidance scale; 1 is none."""
     route: Literal["dense", "trained"] = "dense"
-    """Which tokens are active when the model is judged or draws: all, or as the policies of the training have it, in full."""
+    """Which tokens are active when the model is judged or draws: `dense` is all; `trained` follows the policies of the training, in full."""
 
 
 @dataclass(frozen=True)

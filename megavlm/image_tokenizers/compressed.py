@@ -40,9 +40,9 @@ class CompressedTokenizerConfig(Settings):
     around: Annotated[PixelTokenizerConfig | VQTokenizerConfig, Field(discriminator="kind")]
     """The tokenizer that the plug-in was trained around."""
     understanding: Literal["continuous", "discrete"] = "continuous"
-    """What the model reads of an image: the tokens as features, through a projection of its own; or their codes, as it draws them."""
+    """What the model reads of an image: the tokens as features, projected by the `reader`; or their codes, as in drawing."""
     fingerprint: str | None = None
-    """Filled in at the start of a run: of the plug-in and the tokenizer inside. A run does not go on with others."""
+    """Fingerprint of the plug-in and the tokenizer inside. Filled in at the start of a run, which does not resume with others."""
 
 
 SETTINGS_FILE, WEIGHTS_FILE = "plug_in.json", "plug_in.safetensors"

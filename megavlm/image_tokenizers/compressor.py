@@ -31,23 +31,23 @@ class PlugInSettings(Settings):
     """Sizes of a plug-in; written beside its weights."""
 
     num_dense_codes: Positive
-    """V, the codebook of the tokenizer around which it is."""
+    """V: size of the codebook of the tokenizer inside."""
     height: Positive
     """Rows of dense codes."""
     width: Positive
     """Columns of dense codes."""
     embedding_width: Positive
-    """D: of the tokenizer's codebook, or of the learned embedding of its codes."""
+    """D: width of the tokenizer's codebook, or of the learned embedding of its codes."""
     has_codebook: bool
-    """Whether the tokenizer has embeddings of its own, which stay as they are."""
+    """Whether the tokenizer has embeddings of its own; they stay frozen."""
     factor: Literal[2, 4] = 2
-    """Side of the blocks that become one token: 2 is 4 times fewer tokens, 4 is 16 times."""
+    """Side of the block of codes that becomes one token: 2 is 4 times fewer tokens, 4 is 16 times fewer."""
     num_global: Positive = 4
-    """G."""
+    """G: global tokens per image."""
     codebook_size: Positive = 512
-    """K."""
+    """K: entries of the plug-in's codebook."""
     hidden_width: Positive = 128
-    """W."""
+    """W: width inside the plug-in."""
     num_heads: Positive = 4
     """Attention heads."""
     num_layers: Positive = 4
@@ -63,12 +63,12 @@ class PlugInSettings(Settings):
 
     @property
     def num_dense(self) -> int:
-        """L."""
+        """L: dense codes per image."""
         return self.height * self.width
 
     @property
     def num_tokens(self) -> int:
-        """P."""
+        """P: tokens per image, the separator not counted."""
         return self.num_global + self.num_dense // self.factor**2
 
 

@@ -46,7 +46,7 @@ class VQTokenizerConfig(Settings):
     width: Side
     """Columns of codes per image."""
     fingerprint: str | None = None
-    """Filled in at the start of a run: the SHA-256 of the VQ model. A run does not go on with another one."""
+    """SHA-256 of the VQ model. Filled in at the start of a run, which does not resume with another one."""
 
 
 BATCH_PIXELS = 1 << 21

@@ -54,7 +54,7 @@ class ModelConfig(Settings):
     """The backbone: decoder layers of a stock Hugging Face model."""
 
     architecture: Annotated[dict[str, Any], BeforeValidator(lambda given: _architecture_of(given) if isinstance(given, str) else given)]
-    """A `transformers` configuration: `model_type` and its fields, or the folder of a pretrained model, whose `config.json` is then taken over.
+    """A `transformers` configuration: `model_type` and its fields, or the folder of a pretrained model, whose `config.json` is then used.
     `vocab_size` is set by the vocabulary."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; `auto` is bfloat16 on CUDA and float32 on CPU."""

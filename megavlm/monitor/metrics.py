@@ -19,17 +19,17 @@ class MonitorConfig(Settings):
     log_every_steps: Positive = 10
     """Steps between lines in the log and points in TensorBoard."""
     sample_every_steps: Positive | None = None
-    """Steps between drawings that go to TensorBoard and `samples/`; none if not given."""
+    """Steps between drawings for TensorBoard and `samples/`. Off by default."""
     sample_prompts: list[str] = []
-    """What to draw then."""
+    """Prompts of these drawings."""
     attention_every_steps: Positive | None = None
-    """Steps between looks at where attention goes, by layer and task, in the step's own packs; none if not given."""
+    """Steps between reports of where attention goes, by layer and task, in the step's own packs. Off by default."""
     geometry_every_steps: Positive | None = None
-    """Steps between comparisons of the tasks' gradients, by block; none if not given. Such a step costs as much again for each task."""
+    """Steps between comparisons of the tasks' gradients, by block. Off by default. Each task adds a forward and backward pass."""
 
 
 TOTALS = ("tokens", "samples", "executed_flops", "seconds", "cpu_seconds", *(f"labels_of_{task}" for task in TASKS))
-"""Counted over the whole run, restarts included; CPU time is that of all threads of all ranks' processes, loader workers not counted."""
+"""Counters over the whole run, restarts included. CPU time is that of all threads of all ranks' processes, without loader workers."""
 
 
 class Meters:

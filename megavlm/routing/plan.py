@@ -24,9 +24,9 @@ class RoutingConfig(Settings):
     generation: Annotated[SerializeAsAny[Policy], AnyPolicy] = Dense()
     """Policy for image spans that the model draws (with a loss)."""
     warmup_fraction: Share = 0.0
-    """Over this first share of the steps the kept length falls linearly from everything to `keep_ratio`."""
+    """In this first share of the steps the number of active tokens falls linearly from all to the policy's."""
     dense_finish_fraction: Share = 0.0
-    """Over this last share of the steps everything is kept, because inference is dense."""
+    """In this last share of the steps every token is active, because inference is dense."""
 
 
 @dataclass(frozen=True)

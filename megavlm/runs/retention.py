@@ -14,17 +14,17 @@ class CheckpointConfig(Settings):
     every_steps: Positive = 500
     """Steps between checkpoints."""
     background: Switch = True
-    """Write while training goes on, from a copy in host memory; otherwise training waits."""
+    """Write from a copy in host memory while training continues; otherwise training waits."""
     keep_last: Positive = 2
-    """The newest so many stay."""
+    """How many of the newest stay."""
     keep_every_steps: Positive | None = None
     """Checkpoints at multiples of this stay for ever."""
     keep_best: Count = 0
-    """The best so many by `best_metric` stay as well."""
+    """How many of the best by `best_metric` stay as well."""
     best_metric: str = "loss/generation"
-    """TensorBoard tag, as reported last before the save."""
+    """TensorBoard tag; its last value before the save counts."""
     best_mode: Literal["min", "max"] = "min"
-    """Whether small or large is good."""
+    """Whether small or large values are good."""
 
     def doomed(self, checkpoints: Sequence[Path]) -> list[Path]:
         """Those of ``checkpoints`` (oldest first) that may go."""

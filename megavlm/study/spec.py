@@ -29,25 +29,25 @@ DENSE: Final = "dense"
 
 
 class Metric(Settings):
-    """One number of `evaluation.json`."""
+    """One number in `evaluation.json`."""
 
     name: Name
-    """As the report calls it."""
+    """Its name in the report."""
     path: str
-    """Where it stands in `evaluation.json`, dotted."""
+    """Its dotted path in `evaluation.json`."""
     better: Literal["high", "low"] = "high"
-    """Which way is good. Synergy is a gain: positive is good either way."""
+    """Which way is good. Synergy is signed so that positive is good either way."""
 
 
 class StudyTask(Settings):
-    """One of the tasks whose synergy is asked for."""
+    """One of the tasks whose synergy is measured."""
 
     sources: Annotated[list[str], Field(min_length=1)]
-    """The sources of the recipe that an arm with this task alone trains on."""
+    """Sources of the recipe on which an arm with this task alone trains."""
     metrics: Annotated[list[Metric], Field(min_length=1)]
-    """How it is judged; the first one is the quality that the report's figure and statement speak of."""
+    """How it is judged; the report's figure and statements are about the first metric."""
     alone: dict[str, Any] = {}
-    """Dotted path → value, for arms with this task alone: mostly to leave out the judging of the other task."""
+    """Overrides (dotted path → value) of arms with this task alone, mostly to leave out the judging of the other task."""
 
 
 class StudyConfig(Settings):
@@ -58,14 +58,14 @@ class StudyConfig(Settings):
     recipe: PathText
     """The recipe that all arms share: a path or a name."""
     overrides: dict[str, Any] = {}
-    """Dotted path → value, for all arms."""
+    """Overrides (dotted path → value) of all arms."""
     tasks: Annotated[dict[Literal["understanding", "generation"], StudyTask], Field(min_length=2)]
     """The tasks."""
     policies: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
-    """Name → dotted path → value: mostly `routing.understanding` and `routing.generation`, and `evaluation.route: trained` for models that
-    must be judged as they were trained. One is called `dense`: the others are compared with it."""
+    """Name → overrides: mostly `routing.understanding` and `routing.generation`, and `evaluation.route: trained` for models that cannot be
+    judged dense. One policy must be called `dense`; the others are compared with it."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    """Each is a repetition of the whole study."""
+    """Each seed is one repetition of the whole study."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class SourceMixture(Settings):
     """What is known of one source."""
 
     num_samples: Positive | None
-    """Samples of an epoch, where every shard has an index."""
+    """Samples of an epoch; None unless every shard has an index."""
     layouts: Annotated[list[tuple[Positive, Layout]], Field(min_length=1), AfterValidator(_check_layouts)]
     """(count, layout): [count, [tokens, labelled tokens, [[length, task] of each image span]]]."""
 
@@ -40,10 +40,10 @@ class SourceMixture(Settings):
 Mixture = dict[str, SourceMixture]
 
 OverLong = Literal["error", "skip", "truncate_text", "split_images"]
-"""``error``: a data error. ``skip``: left out. ``truncate_text``: the longest texts lose their ends until it fits.
-``split_images``: a document with several images is cut before images into pieces that fit; pieces with nothing to learn are left out."""
+"""``error``: a data error. ``skip``: the sample is left out. ``truncate_text``: the longest texts lose their ends until the sample fits.
+``split_images``: a document with several images is cut, before images, into pieces that fit; pieces without a loss are left out."""
 WhenSourcesChange = Literal["strict", "allow_add", "allow_add_remove", "warn"]
-"""What may have changed about the sources when a run goes on; see `megavlm.data.pack.sources`."""
+"""Which changes of the sources a resume accepts; see `megavlm.data.pack.sources`."""
 
 
 class DataConfig(Settings):
@@ -56,7 +56,7 @@ class DataConfig(Settings):
     pack_tokens: Annotated[Positive, Field(le=MOST_TOKENS)] = 8192
     """Upper bound of a pack's length in tokens (memory)."""
     weights: Literal["samples", "tokens"] = "samples"
-    """What the sources' weights share out."""
+    """What the weights of the sources are shares of."""
     temperature: Annotated[Number, Field(ge=0.1, le=1000)] = 1.0
     """Weights are raised to 1/temperature: above 1 evens them out (arXiv 1907.05019)."""
     look_ahead_samples: Annotated[Positive, Field(le=10**6)] = 256
@@ -74,14 +74,14 @@ class DataConfig(Settings):
     max_errors: Count = 0
     """Bad samples or shards that each lane counts, reports and passes over before it stops the run."""
     when_sources_change: WhenSourcesChange = "strict"
-    """If sources differ from the checkpoint's: an error, or go on where sources were added, added or removed, or changed in any way."""
+    """Which changes of the sources since the checkpoint a resume accepts: none, added ones, added and removed ones, or any."""
     retries: Annotated[Count, Field(le=100)] = 5
-    """How often in a row an HTTP connection is tried again."""
+    """How often a broken HTTP connection is retried in a row."""
     cache_dir: PathText | None = None
-    """Folder for local copies of shards that are not local files; none are kept if not given."""
+    """Folder for local copies of remote shards. By default no copies are kept."""
     cache_gib: Annotated[Number, Field(gt=0, le=2**30)] = 100.0
-    """Size limit of that folder; the copies used longest ago are removed."""
+    """Size limit of that folder; the least recently used copies are removed."""
     mixture_samples: Annotated[Positive, Field(le=10**6)] = 512
-    """Samples of each source that are looked at for the packs' target cost."""
+    """Samples of each source that are read to estimate the packs' target cost."""
     mixture: dict[str, SourceMixture] | None = None
-    """Filled in at the start of a run and kept with it: what was found, per source."""
+    """What was found out about each source. Filled in at the start of a run and kept with it."""

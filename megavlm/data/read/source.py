@@ -24,15 +24,15 @@ class SourceConfig(Settings):
     weight: Weight = 1.0
     """Share of the samples (or tokens, see `data.weights`) drawn from this source, relative to the other weights."""
     repeat: Weight | None = None
-    """Instead of weights, for all sources: shares follow from the sources' sizes, and a sample of this source comes up so many times
-    while one of a source with 1 comes up once. Needs indexes (`megavlm data index`)."""
+    """Replaces `weight`; give it to every source or to none. A sample of this source is seen this many times as often as a sample of a
+    source with `repeat: 1`. Needs indexes (`megavlm data index`)."""
     epochs: Positive | None = None
-    """The source ends after so many epochs; 1 makes it finite, for evaluation. Endless if not given."""
+    """The source ends after this many epochs (1 for evaluation). By default it is endless."""
     format: str = "megavlm"
     """How samples are written: megavlm, img2dataset, llava, text, interleaved, or `module:function` (see `megavlm.data.read.formats`)."""
     generation_ratio: Share = 0.5
     """img2dataset, interleaved: share of the images that are drawn instead of read."""
     caption_requests: Annotated[list[str], Field(min_length=1)] = ["Describe the image.", "What does the image show?"]
-    """img2dataset: what is asked when a caption is the answer."""
+    """img2dataset: the questions that a caption answers; one is drawn per sample."""
     image_root: PathText | None = None
-    """llava: folder of the images that the JSON names; none if they are in the tar."""
+    """llava: folder of the images that the JSON names. Leave it out where they are in the tar."""
