@@ -7,6 +7,7 @@ Worked example, generation (loss on the tokens marked ``*``, each predicted from
 ``<eos>`` has a loss where the last segment has one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -106,6 +107,22 @@ class EncodedSample:
         return replace(self, tokens=self.tokens[:end], has_loss=self.has_loss[:end], tasks=self.tasks[:end], spans=spans)
 
 
+class Run(NamedTuple):
+    """The ids of one segment."""
+
+    ids: Sequence[int] | np.ndarray
+    has_loss: bool
+    task: int
+    grid: tuple[int, ...] | None = None
+    """Rows and columns of codes, of an image."""
+    features: Features | None = None
+
+
+def num_tokens(runs: list[Run]) -> int:
+    """Length of the sample that `Encoder.join` makes of them."""
+    return 2 + sum(len(run.ids) for run in runs)
+
+
 class Encoder:
     """Turns samples into tokens.
 
@@ -134,29 +151,38 @@ class Encoder:
         Raises:
             DataError: Without a place, where codes lie outside the codebook or have the wrong grid.
         """
-        vocabulary = self.vocabulary
-        # runs of ids, each with its loss and task: <bos>, the segments, <eos>
-        runs, spans, num_tokens = [([vocabulary.bos], False, Task.TEXT)], [], 1
+        return self.join(sample, self.runs(sample))
+
+    def runs(self, sample: Sample) -> list[Run]:
+        """The ids of every segment.
+
+        Raises:
+            DataError: As for a whole sample.
+        """
         text_task = Task.TEXT if sample.task == "text" else Task.UNDERSTANDING
         unconditional = sample.task == "generation" and self._is_unconditional(sample.coordinates)
+        runs = []
         for segment in sample.segments:
-            task = text_task
             if segment.image is not None:
                 codes_hw, features = self.image_tokenizer.encode_member(segment.image, sample.images[segment.image], segment.loss)
-                spans.append(Span(num_tokens + 1, *codes_hw.shape, segment.loss, features))
-                ids = vocabulary.encode_image(codes_hw)
                 task = Task.GENERATION if segment.loss else text_task
+                runs.append(Run(self.vocabulary.encode_image(codes_hw), segment.loss, task, codes_hw.shape, features))
+            elif unconditional and not segment.loss:
+                runs.append(Run([self.vocabulary.unconditional], segment.loss, text_task))
             else:
-                drop = unconditional and not segment.loss
-                ids = [vocabulary.unconditional] if drop else vocabulary.encode_text(segment.text)
-            runs.append((ids, segment.loss, task))
-            num_tokens += len(ids)
-        runs.append(([vocabulary.eos], *runs[-1][1:]))
-        tokens, has_loss, tasks = (np.empty(num_tokens + 1, dtype) for dtype in (np.int64, bool, np.int8))
-        end = 0
-        for ids, loss, task in runs:
-            begin, end = end, end + len(ids)
-            tokens[begin:end], has_loss[begin:end], tasks[begin:end] = ids, loss, task
+                runs.append(Run(self.vocabulary.encode_text(segment.text), segment.loss, text_task))
+        return runs
+
+    def join(self, sample: Sample, runs: list[Run]) -> EncodedSample:
+        """``<bos> runs … <eos>``: some segments of a sample, or all of them."""
+        tokens, has_loss, tasks = (np.empty(num_tokens(runs), dtype) for dtype in (np.int64, bool, np.int8))
+        spans, end = [], 0
+        runs = [Run([self.vocabulary.bos], False, Task.TEXT), *runs]
+        for run in (*runs, runs[-1]._replace(ids=[self.vocabulary.eos], grid=None)):
+            begin, end = end, end + len(run.ids)
+            tokens[begin:end], has_loss[begin:end], tasks[begin:end] = run.ids, run.has_loss, run.task
+            if run.grid:
+                spans.append(Span(begin + 1, *run.grid, run.has_loss, run.features))
         return EncodedSample(sample.key, sample.coordinates, tokens, has_loss, tasks, tuple(spans), task=TASKS.index(sample.task))
 
     def _is_unconditional(self, coordinates: Coordinates) -> bool:
