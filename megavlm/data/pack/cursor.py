@@ -61,9 +61,14 @@ class Cursor:
             self._samples = self._read()
             raise
 
+    @property
+    def is_at_end(self) -> bool:
+        """Whether all epochs are through."""
+        return self.source.config.epochs is not None and self.state[0] >= self.source.config.epochs
+
     def _read(self) -> Iterator[Raw]:
         source, empty_epochs = self.source, 0
-        while source.config.epochs is None or self.state[0] < source.config.epochs:
+        while not self.is_at_end:
             epoch, place, first = self.state
             num_found = 0
             parts = deal(len(source.urls), self.lane, self.num_lanes, self.seed, source.key, epoch)

@@ -70,6 +70,8 @@ class EncodedSample:
     spans: tuple[Span, ...]
     task: int
     """The sample's own task, for its share of the cost."""
+    num_pieces: int = 1
+    """Samples that an over-long document was split into, this one among them."""
 
     @property
     def num_tokens(self) -> int:

@@ -7,12 +7,15 @@ just yielded::
     {"pack": 12,                                     packs so far
      "counts": {"errors": 0, "skipped": 0, "truncated": 0, "split": 0},
      "sources": {"captions": {"mark": 2868309, "cursor": [epoch, place, index], "pass": 51234}, …},
-     "waiting": [[source, epoch, shard, index, piece], …]}      the look-ahead, oldest first
+     "waiting": [[source, epoch, shard, index, piece], …],      the look-ahead, oldest first
+     "pieces": [[pieces, tokens], …]}                           of each: pieces of its document, and its length
 
 The cursor is the next sample to read. Which source is read next is decided by stride scheduling (Waldspurger & Weihl 1995): each has
 a pass that grows by tokens / share with every sample, and the lowest pass is next, so a lane's tokens follow the shares at any time
 instead of wandering about them. Resuming reads the waiting samples again by their coordinates and skips to the cursors
-within the current shards; `Lane.read_again` says how many samples that were.
+within the current shards; `Lane.read_again` says how many samples that were. Where settings have changed since, waiting samples
+are encoded and cut as these ask; of a document that was split and is now cut elsewhere, the rest is given up and counted as skipped,
+so that nothing is seen twice.
 """
 
 import logging
@@ -40,6 +43,9 @@ log = logging.getLogger(__name__)
 
 COUNTS = ("errors", "skipped", "truncated", "split")
 """What a lane counts: data errors, and over-long samples by what became of them."""
+
+Pieces = dict[int, list[int] | None]
+"""Pieces of one sample that wait: number → [pieces of the sample, tokens]."""
 
 
 class Lane:
@@ -80,8 +86,9 @@ class Lane:
             for i, (source, entry) in enumerate(zip(sources, entries, strict=True))
         ]
         self.read_again = {"look_ahead": 0, "heads": sum(entry["cursor"][2] for entry in entries)}
-        self.waiting = self._read_waiting([Coordinates(*place) for place in state["waiting"]])
+        self.waiting = self._read_waiting(state)
         self._finished = {number for number, entry in enumerate(entries) if entry["finished"]}
+        self._reopen()
         # of the waiting samples, as far as they are known: lengths, and costs at a moment
         self._tokens, self._costs, self._moment = np.zeros(0, np.int64), np.zeros((0, costing.plan.num_stages + 1)), None
         self._target: tuple = (None, None)
@@ -130,6 +137,7 @@ class Lane:
                 for number, (source, cursor, level) in enumerate(zip(self.sources, self.cursors, self.passes))
             },
             "waiting": [sample.place for sample in self.waiting],
+            "pieces": [[sample.num_pieces, sample.num_tokens] for sample in self.waiting],
         }
 
     def _beginning(self) -> State:
@@ -141,6 +149,7 @@ class Lane:
             "counts": dict.fromkeys(COUNTS, 0),
             "sources": {s.name: fresh(s, int(o * w)) for s, o, w in zip(self.sources, offsets, spread)},
             "waiting": [],
+            "pieces": [],
         }
 
     def _adapted(self, state: State) -> State:
@@ -149,6 +158,13 @@ class Lane:
         if account and self.number == 0:
             log.warning("going on although the sources have changed since the checkpoint:%s", account)
         return state
+
+    def _reopen(self) -> None:
+        """Go on with sources that had ended and now have more epochs: level with the others, not behind them."""
+        level = min((self.passes[number] for number in range(len(self.sources)) if number not in self._finished), default=0)
+        for number in [number for number in self._finished if not self.cursors[number].is_at_end]:
+            self._finished.discard(number)
+            self.passes[number] = max(level, self.passes[number])
 
     def _price(self, step: int) -> None:
         """Add lengths and costs of the samples that are new, or of all where the route has moved on."""
@@ -172,48 +188,96 @@ class Lane:
         number = min((n for n in range(len(self.sources)) if n not in self._finished), key=lambda n: (self.passes[n], n))
         source, num_tokens = self.sources[number], self.mixture[self.sources[number].name].mean_tokens
         try:
-            encoded = self._encode(*next(self.cursors[number]))
+            key, members, place = next(self.cursors[number])
+            encoded, action = self._encode(key, members, place)
+            self._count(action, key, place)
             num_tokens = sum(sample.num_tokens for sample in encoded) or num_tokens
             self.waiting += encoded
         except StopIteration:
             self._finished.add(number)
             log.info("lane %d has come to the end of source %s", self.number, source.name)
         except DataError as error:
-            self.counts["errors"] += 1
-            log.warning("lane %d, data error %d: %s", self.number, self.counts["errors"], error)
-            if self.counts["errors"] > self.config.max_errors:
-                raise
+            self._count_error(error)
         self.passes[number] += round(num_tokens / self.shares[number])
 
-    def _encode(self, key: str, members: Members, coordinates: Coordinates) -> list[EncodedSample]:
-        source, config = self.sources[coordinates.source], self.config
+    def _encode(self, key: str, members: Members, place: Coordinates) -> tuple[list[EncodedSample], str | None]:
+        source, config = self.sources[place.source], self.config
         try:
-            sample = formats.parse(key, members, source.config, coordinates, self.seed)
-            encoded, action = encode_within(sample, self.encoder, config.pack_tokens, config.over_long)
+            sample = formats.parse(key, members, source.config, place, self.seed)
+            return encode_within(sample, self.encoder, config.pack_tokens, config.over_long)
         except DataError as error:
-            error.source, error.shard, error.key = source.name, source.urls[coordinates.shard], key
+            error.source, error.shard, error.key = source.name, source.urls[place.shard], key
             raise
+
+    def _count(self, action: str | None, key: str, place: Coordinates) -> None:
         if action:
             self.counts[action] += 1
             # the first, second, fourth, eighth, …
             if self.counts[action].bit_count() == 1:
-                place = f"source {source.name}, shard {source.urls[coordinates.shard]}, sample {key}"
-                log.warning("lane %d, over-long sample %s (%d so far): %s", self.number, action, self.counts[action], place)
-        return encoded
+                source = self.sources[place.source]
+                where = f"source {source.name}, shard {source.urls[place.shard]}, sample {key}"
+                log.warning("lane %d, over-long sample %s (%d so far): %s", self.number, action, self.counts[action], where)
 
-    def _read_waiting(self, places: list[Coordinates]) -> list[EncodedSample]:
-        wanted: dict[tuple[int, int], dict[int, list[Coordinates]]] = {}
-        for place in places:
-            wanted.setdefault((place.source, place.shard), {}).setdefault(place.index, []).append(place)
-        found, counts = {}, dict(self.counts)
-        for (number, shard), by_index in wanted.items():
-            last, source = max(by_index), self.sources[number]
+    def _count_error(self, error: DataError) -> None:
+        self.counts["errors"] += 1
+        log.warning("lane %d, data error %d: %s", self.number, self.counts["errors"], error)
+        if self.counts["errors"] > self.config.max_errors:
+            raise error
+
+    def _read_waiting(self, state: State) -> list[EncodedSample]:
+        """The samples of a state's look-ahead again, oldest first."""
+        places = [Coordinates(*place) for place in state["waiting"]]
+        before: dict[Coordinates, Pieces] = {}
+        # runs that were begun with an earlier megavlm do not say what the pieces were
+        for place, piece in zip(places, state.get("pieces") or [None] * len(places), strict=True):
+            before.setdefault(place._replace(piece=0), {})[place.piece] = piece
+        by_shard: dict[tuple[int, int], dict[int, list[Coordinates]]] = {}
+        for place in before:
+            by_shard.setdefault((place.source, place.shard), {}).setdefault(place.index, []).append(place)
+        found: dict[Coordinates, list[EncodedSample]] = {}
+        for (number, shard), by_index in by_shard.items():
+            for key, members, place in self._read_places(number, shard, by_index):
+                found[place] = self._encode_again(key, members, place, before[place])
+        return [sample for place in before for sample in found.get(place, ())]
+
+    def _read_places(self, number: int, shard: int, by_index: dict[int, list[Coordinates]]) -> Iterator[tuple[str, Members, Coordinates]]:
+        """The samples of a shard that stand at some of its places."""
+        source, last, index = self.sources[number], max(by_index), -1
+        try:
             for index, (key, members) in enumerate(read_shard(source.urls[shard], source.name, self.open_url)):
                 self.read_again["look_ahead"] += 1
                 for place in by_index.get(index, ()):
-                    pieces = self._encode(key, members, place._replace(piece=0))
-                    found[place] = next(sample for sample in pieces if sample.coordinates == place)
+                    yield key, members, place
                 if index == last:
-                    break
-        self.counts = counts  # these were counted when they were first read
-        return [found[place] for place in places]
+                    return
+            raise DataError(
+                f"the shard has {index + 1} samples, and sample {last + 1} was read from it before: it has changed",
+                "restore it, or give a changed shard another name",
+                source.name,
+                source.urls[shard],
+            )
+        except DataError as error:
+            self._count_error(error)
+
+    def _encode_again(self, key: str, members: Members, place: Coordinates, before: Pieces) -> list[EncodedSample]:
+        """The waiting pieces of a sample as the settings now are."""
+        try:
+            encoded, action = self._encode(key, members, place)
+        except DataError as error:
+            self._count_error(error)
+            return []
+        same = [sample for sample in encoded if _is_same(sample, before)]
+        if len(same) == len(before):
+            return same
+        num_pieces = next(iter(before.values()))
+        if num_pieces and num_pieces[0] == len(before):
+            # no piece of it has been in a pack: as good as new
+            self._count(action, key, place)
+            return encoded
+        self._count("skipped", key, place)
+        return []
+
+
+def _is_same(sample: EncodedSample, before: Pieces) -> bool:
+    piece = sample.coordinates.piece
+    return piece in before and before[piece] in (None, [sample.num_pieces, sample.num_tokens])

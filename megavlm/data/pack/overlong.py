@@ -37,7 +37,8 @@ def encode_within(sample: Sample, encoder: Encoder, max_tokens: int, policy: Ove
     if policy == "truncate_text" and (shorter := _truncated(runs, encoder.vocabulary, num_tokens(runs) - max_tokens)):
         return [encoder.join(sample, shorter)], "truncated"
     if policy == "split_images" and (pieces := _split(runs, max_tokens)):
-        return [encoder.join(_piece(sample, number), piece) for number, piece in pieces], "split"
+        encoded = [encoder.join(_piece(sample, number), piece) for number, piece in pieces]
+        return [replace(piece, num_pieces=len(pieces)) for piece in encoded], "split"
     raise DataError(
         f"the sample has {num_tokens(runs)} tokens, a pack at most {max_tokens}"
         + ("" if policy == "error" else f", and {policy} cannot make it fit"),

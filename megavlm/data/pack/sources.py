@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 from megavlm.data.pack.config import WhenSourcesChange
@@ -93,8 +94,10 @@ def adapt_state(state: State, sources: list[Source], policy: WhenSourcesChange) 
     # a new source starts level with the others, not behind them
     level = min((entry["pass"] for entry in kept.values()), default=0)
     adapted = {source.name: kept.get(source.name) or fresh(source, level) for source in sources}
-    waiting = [[numbers[names[p[0]]], *p[1:]] for p in state["waiting"] if names[p[0]] not in lost]
-    return {**state, "sources": adapted, "waiting": waiting}, account
+    is_kept = [names[place[0]] not in lost for place in state["waiting"]]
+    waiting = [[numbers[names[place[0]]], *place[1:]] for place in compress(state["waiting"], is_kept)]
+    pieces = list(compress(state.get("pieces", ()), is_kept))
+    return {**state, "sources": adapted, "waiting": waiting, "pieces": pieces}, account
 
 
 def fresh(source: Source, level: int) -> dict[str, Any]:
