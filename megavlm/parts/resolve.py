@@ -12,13 +12,16 @@ from megavlm.parts.parts import Parts
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import complete_checkpoints
 from megavlm.system.world import World
-from megavlm.vocabulary import copy_text_model
+from megavlm.vocabulary import copy_text_model, same_text_model
 
 log = logging.getLogger(__name__)
 
 FIXED = ("seed", "model.architecture", "vocabulary", "data.num_lanes")
 """Settings that the weights or the data's state depend on: a run cannot go on with others. Changed sources are the lanes' affair
 (`data.when_sources_change`)."""
+
+FOUND_FOR = ("data.sources", "data.pack_tokens", "data.over_long", "data.unconditional_ratio")
+"""Settings that the mixture was found out for."""
 
 
 def resolve(config: RunConfig, folder: RunFolder, world: World) -> Parts:
@@ -62,12 +65,26 @@ def _resolve_alone(parts: Parts, folder: RunFolder) -> Parts:
     if folder.config_file.exists():
         parts = parts.replaced(data=_adopted(config, folder))
     parts = parts.with_mixture()
-    if Path(config.vocabulary.text_model).resolve() != folder.text_model.resolve():
-        copy_text_model(Path(config.vocabulary.text_model), folder.text_model)
+    _keep_text_model(Path(config.vocabulary.text_model), folder)
     # the watchdogs of this start would take an earlier one's note for their own
     for hang in folder.hangs.glob("step-????????"):
         hang.rename(hang.with_name(f"{hang.name}-{hang.stat().st_mtime_ns}"))
     return parts
+
+
+def _keep_text_model(source: Path, folder: RunFolder) -> None:
+    """Copy the text model into the folder; another one than a checkpoint was trained with is refused."""
+    kept = folder.text_model
+    if source.resolve() == kept.resolve():
+        return
+    if kept.exists() and complete_checkpoints(folder.checkpoints):
+        is_same = source.read_bytes() == kept.read_bytes() if source.is_file() and kept.is_file() else same_text_model(source, kept)
+        if not is_same:
+            raise ConfigError(
+                f"vocabulary.text_model: {source} is no longer the model that the run in {folder.path} began with\n"
+                f"  do:    restore it from {kept}, or give another run_dir"
+            )
+    copy_text_model(source, kept)
 
 
 def _with_fingerprint(parts: Parts) -> Parts:
@@ -98,8 +115,8 @@ def _adopted(config: RunConfig, folder: RunFolder) -> DataConfig:
         )
     for name, old, new in differences:
         log.warning("going on with a changed setting: %s: %r -> %r", name, old, new)
-    # what was found out about other sources is worth nothing
-    if fixed or any(name == "data.sources" for name, _, _ in differences):
+    # what was found out about other sources, or other pieces of their samples, is worth nothing
+    if fixed or any(name in FOUND_FOR for name, _, _ in differences):
         return config.data
     return config.data.model_copy(update={"mixture": before.data.mixture})
 
