@@ -19,7 +19,7 @@ class Subject:
     """A trained run to analyse.
 
     Args:
-        run: The run folder.
+        run: The run folder, or one checkpoint in it.
         shards: Held-out shards in megavlm's own format, braces expand; the training's sources if not given.
         num_packs: Packs to fill with samples.
         overrides: Settings to change, as on the command line.

@@ -20,7 +20,7 @@ class AnalyzeCommands:
         sequence are computed again in float32, from the queries and keys that the fused kernel gets.
 
         Args:
-            run: The run folder; the newest checkpoint is used.
+            run: The run folder (the newest checkpoint is used), or one checkpoint in it.
             shards: Held-out shards in megavlm's own format, braces expand; by default the training's sources.
             num_packs: Packs to look at.
             num_rows: Most rows of one kind of query in one sequence.
@@ -50,7 +50,7 @@ class AnalyzeCommands:
         RUN/analysis/route.yaml. Nothing is trained: the rise is the cost for a model that has not learnt to live without these tokens.
 
         Args:
-            run: The run folder; the newest checkpoint is used.
+            run: The run folder (the newest checkpoint is used), or one checkpoint in it.
             flops_share: Most forward FLOPs of the suggested route, as a share of the dense ones on these packs, 0 to 1.
             shared: Suggest one block of layers for both tasks (`shared_bypass`).
             shards: Held-out shards in megavlm's own format, braces expand; by default the training's sources.

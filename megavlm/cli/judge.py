@@ -36,7 +36,7 @@ class JudgeCommands:
             megavlm judge vqa runs/mine testdev_balanced_questions.json --images=gqa/images --image_name="{}.jpg"
 
         Args:
-            run: The run folder.
+            run: The run folder, or one checkpoint in it.
             questions: VQA's or GQA's own file; or a JSON list, or JSON lines, with image, question, and answer or answers.
             annotations: VQA's annotations, where the questions are VQA's file.
             images: Folder of the images; by default the file's own folder.
@@ -70,7 +70,7 @@ class JudgeCommands:
             megavlm judge yesno runs/mine coco_pope_adversarial.json --images=val2014
 
         Args:
-            run: The run folder.
+            run: The run folder, or one checkpoint in it.
             questions: JSON lines with image, text (or question) and label (yes or no).
             images: Folder of the images; by default the file's own folder.
             template: The prompt: "{question} Answer yes or no."
@@ -99,7 +99,7 @@ class JudgeCommands:
         """Judge captions against those of people: CIDEr-D and BLEU-4.
 
         Args:
-            run: The run folder.
+            run: The run folder, or one checkpoint in it.
             captions: JSON lines, or a JSON list, with image and captions.
             images: Folder of the images; by default the file's own folder.
             prompt: The prompt; use one that the model was trained with.
@@ -131,7 +131,7 @@ class JudgeCommands:
             megavlm judge geneval runs/mine evaluation_metadata.jsonl --detector=detector.py:detect
 
         Args:
-            run: The run folder.
+            run: The run folder, or one checkpoint in it.
             prompts: JSON lines with prompt and include; exclude and tag are optional.
             detector: module:function or file.py:function; takes an image, returns a list of class, box, score, color.
             num: Drawings per prompt.
@@ -165,7 +165,7 @@ class JudgeCommands:
             megavlm judge fid runs/mine captions.txt --real=real.npz --features=inception.py:pool
 
         Args:
-            run: The run folder.
+            run: The run folder, or one checkpoint in it.
             prompts: A text file with a prompt per line, or JSON with "prompt".
             real: Features of real images: npy [N, D], or npz with `features`, or npz with `mu` and `sigma`.
             features: module:function or file.py:function; takes images [N, H, W, 3], returns features [N, D].
@@ -197,7 +197,7 @@ class JudgeCommands:
             megavlm judge clip runs/mine captions.txt --image_features=clip.py:images --text_features=clip.py:texts
 
         Args:
-            run: The run folder.
+            run: The run folder, or one checkpoint in it.
             prompts: A text file with a prompt per line, or JSON with "prompt".
             image_features: module:function or file.py:function; takes images [N, H, W, 3], returns features [N, D].
             text_features: The same; takes a list of N texts.

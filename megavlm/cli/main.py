@@ -45,10 +45,10 @@ class Commands(RunCommands):
         train(str(recipe), overrides)
 
     def evaluate(self, run: str, **overrides):
-        """Judge the newest checkpoint of a run on held-out data; writes RUN/evaluation.json and RUN/drawings.png.
+        """Judge a checkpoint, by default a run's newest one, on held-out data; writes RUN/evaluation.json and RUN/drawings.png.
 
         Args:
-            run: The run folder.
+            run: The run folder, or one checkpoint in it: RUN/checkpoints/step-00000500
             overrides: Settings to change: --evaluation.guidance=3 --evaluation.num_drawings=1000
         """
         import json
@@ -60,10 +60,10 @@ class Commands(RunCommands):
         print(json.dumps(evaluate(model), indent=2))
 
     def generate(self, run: str, prompt: str, out: str = "grid.png", num: Positive = 10, **overrides):
-        """Draw images for a prompt with the newest checkpoint of a run.
+        """Draw images for a prompt with a checkpoint, by default a run's newest one.
 
         Args:
-            run: The run folder.
+            run: The run folder, or one checkpoint in it.
             prompt: What to draw: "a handwritten seven".
             out: Where the grid of drawings goes (PNG).
             num: How many.

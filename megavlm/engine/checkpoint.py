@@ -30,10 +30,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from megavlm.engine.zero_state import Staging, group_steps, install, set_group_steps
 from megavlm.errors import MegavlmError
 from megavlm.runs import manifest
-from megavlm.runs.manifest import complete_checkpoints, verify
+from megavlm.runs.manifest import checkpoints_in, complete_checkpoints, verify
 from megavlm.runs.ownership import Ownership, Superseded
 from megavlm.runs.retention import CheckpointConfig
-from megavlm.system.files import sha256, sync_folder, write_synced
+from megavlm.system.files import read_json, sha256, sync_folder, write_synced
+from megavlm.system.harmless import harmless
 from megavlm.system.world import World, new_host_group
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,26 @@ class Saved:
     """Of all files."""
 
 
+class DoesNotFit(MegavlmError):
+    """An intact checkpoint that does not hold the tensors of this model.
+
+    Args:
+        path: The checkpoint.
+        detail: What torch says; its first line counts.
+    """
+
+    def __init__(self, path: Path, detail: str):
+        self.path = path
+        self.detail = next(iter(detail.splitlines()), "")
+        super().__init__(path, detail)
+
+    def __str__(self) -> str:
+        return (
+            f"checkpoint {self.path} does not fit this model: {self.detail}\n"
+            "  do:    give the model and the routing that it was trained with, or another run_dir"
+        )
+
+
 class Checkpointer:
     """Saves and restores the whole state of a run. Made by all ranks together.
 
@@ -77,15 +98,7 @@ class Checkpointer:
         self._owner: Ownership | None = None
         self._group = new_host_group(WRITING_TIMEOUT_S)
         self._main_group = new_host_group(WRITING_TIMEOUT_S)
-        refusal = ""
-        if world.is_main:
-            try:
-                self._owner = Ownership(folder)
-                manifest.remove_leftovers(folder)
-            except Superseded as error:
-                refusal = str(error)
-        if refusal := self._gather(refusal, self._main_group)[0]:
-            raise Superseded(refusal)
+        self._together(self._take_folder)
         # a mesh on the CPU, whatever the GPUs talk with: only host memory is ever written
         self._staging = Staging(world.rank, init_device_mesh("cpu", (world.size,)))
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -170,24 +183,24 @@ class Checkpointer:
     def restore_newest(self, engine) -> dict[str, Any] | None:
         """Put the newest intact checkpoint into the engine; None if there is no checkpoint. Called by all ranks together.
 
-        A damaged one is named in the log and set aside as ``damaged-step-…``.
+        A damaged one is named in the log, and set aside as ``damaged-step-…`` once an older one is taken.
 
         Raises:
-            MegavlmError: If there are checkpoints, but none is intact.
+            MegavlmError: If there are checkpoints, but none is intact; also if they were set aside before.
         """
-        damaged = []
-        for path in reversed(self._gather(complete_checkpoints(self.folder), self._main_group)[0]):
+        damaged: dict[Path, str] = {}
+        for path in reversed(self._together(lambda: checkpoints_in(self.folder))[0]):
             if problems := self._problems(path):
-                damaged.append(f"{path}: {'; '.join(problems)}")
-                log.error("checkpoint %s is damaged and not taken: %s", path, "; ".join(problems))
-                if self.world.is_main:
-                    path.rename(path.with_name(f"damaged-{path.name}-{self._owner.token}"))
+                damaged[path] = "; ".join(problems)
+                log.error("checkpoint %s is damaged and not taken: %s", path, damaged[path])
                 continue
+            self._set_aside(list(damaged))
             return self.restore(path, engine)
+        damaged |= dict.fromkeys(self._together(lambda: manifest.set_aside(self.folder))[0], "was damaged and set aside")
         if damaged:
             raise MegavlmError(
-                "every checkpoint of this run is damaged:\n  " + "\n  ".join(damaged) + "\n"
-                "  do:    bring one back from a copy; or remove the folder to begin at step 0"
+                "every checkpoint of this run is damaged:\n  " + "\n  ".join(f"{path}: {what}" for path, what in damaged.items()) + "\n"
+                f"  do:    bring one back from a copy; or remove {self.folder} to begin at step 0"
             )
         return None
 
@@ -196,11 +209,17 @@ class Checkpointer:
 
         Returns:
             ``{"step": …, "group_steps": {…}, "lanes": {"0": state, …}, …}``, with what ``save`` got as ``shared``.
+
+        Raises:
+            MegavlmError: If it is that of another model.
         """
-        state = json.loads((path / "state.json").read_text())
+        state = read_json(path / "state.json")
         set_group_steps(engine, state["group_steps"])
         tensors = self._staging.empty_like(engine)
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "tensors"), process_group=self._main_group)
+        try:
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "tensors"), process_group=self._main_group)
+        except (ValueError, RuntimeError, KeyError, dcp.CheckpointException) as error:
+            raise DoesNotFit(path, _in_short(error)) from error
         install(tensors, engine)
         self._seconds = [manifest.read_manifest(path)["seconds"]]
         self.last_step = state["step"]
@@ -212,8 +231,25 @@ class Checkpointer:
         self._writer.shutdown()
         return saved
 
+    def _take_folder(self) -> None:
+        """What rank 0 does first: nobody else may write from now on."""
+        if not self.world.is_main:
+            return
+        try:
+            self._owner = Ownership(self.folder)
+        except OSError as error:
+            raise MegavlmError(
+                f"{self.folder} cannot be written: {error.strerror}\n  do:    make room, or mend the file system or its permissions"
+            ) from error
+        manifest.remove_leftovers(self.folder)
+
+    def _set_aside(self, damaged: list[Path]) -> None:
+        for path in damaged if self._owner else []:
+            with harmless(f"the new name of the damaged checkpoint {path}"):
+                path.rename(path.with_name(f"damaged-{path.name}-{self._owner.token}"))
+
     def _problems(self, path: Path) -> list[str]:
-        parts = self._gather(verify(path, self.world.rank, self.world.size), self._main_group)
+        parts = self._together(lambda: verify(path, self.world.rank, self.world.size))
         return sorted({problem for part in parts for problem in part})
 
     def _write(self, tensors, state: dict, of_rank: tuple, metrics: dict, begin: float, stall_s: float) -> Saved:
@@ -225,9 +261,7 @@ class Checkpointer:
             raise
         # whatever it was, the run goes on; what torch raises for failures of ranks is no Exception
         except (Exception, dcp.CheckpointException) as error:
-            # torch may hide "No space left on device" behind a complaint about its own file format
-            free = f"{shutil.disk_usage(self.folder).free / 1e6:.1f} MB are free there"
-            return Saved(step, None, f"{_in_short(error)} ({free})", stall_s, time.perf_counter() - begin, 0)
+            return Saved(step, None, f"{_in_short(error)} ({_room(self.folder)})", stall_s, time.perf_counter() - begin, 0)
         return Saved(step, path, "", stall_s, time.perf_counter() - begin, num_bytes)
 
     def _write_files(self, tensors, state: dict, of_rank: tuple, metrics: dict, begin: float) -> tuple[Path, int]:
@@ -270,8 +304,9 @@ class Checkpointer:
             manifest.remove(final)
         temporary.rename(final)
         sync_folder(self.folder)
-        for old in self.config.doomed(complete_checkpoints(self.folder)):
-            manifest.remove(old)
+        with harmless(f"the removal of old checkpoints in {self.folder}"):  # this one is complete
+            for old in self.config.doomed(complete_checkpoints(self.folder)):
+                manifest.remove(old)
 
     def _together(self, function) -> list:
         """What ``function`` returned on each rank; if it raised on one, all ranks raise."""
@@ -300,13 +335,27 @@ def load_weights(path: Path, module: nn.Module) -> None:
         module: With the same parameters as the one that was trained.
     """
     if problems := verify(path):
-        raise MegavlmError(f"checkpoint {path} is damaged: {'; '.join(problems)}\n  do:    use another checkpoint")
+        raise MegavlmError(
+            f"checkpoint {path} is damaged: {'; '.join(problems)}\n"
+            "  do:    name another one in place of the run: RUN/checkpoints/step-…; `megavlm checkpoint verify RUN` says which are intact"
+        )
     parameters = dict(module.named_parameters())
     flat = {f"value/{name}": torch.empty(p.numel(), dtype=torch.float32) for name, p in parameters.items()}
-    dcp.load(flat, storage_reader=dcp.FileSystemReader(path / "tensors"), no_dist=True)
+    try:
+        dcp.load(flat, storage_reader=dcp.FileSystemReader(path / "tensors"), no_dist=True)
+    except (ValueError, RuntimeError, KeyError, dcp.CheckpointException) as error:
+        raise DoesNotFit(path, _in_short(error)) from error
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(flat[f"value/{name}"].view(parameter.shape))
+
+
+def _room(folder: Path) -> str:
+    """torch may hide "No space left on device" behind a complaint about its own file format."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
 
 
 def _in_short(error: BaseException) -> str:

@@ -7,8 +7,8 @@ from megavlm.engine.checkpoint import load_weights
 from megavlm.errors import MegavlmError
 from megavlm.parts.parts import Parts
 from megavlm.parts.trained import load_run_config
-from megavlm.runs.checkpoints import find
-from megavlm.runs.folder import RunFolder
+from megavlm.runs.checkpoints import locate
+from megavlm.system.files import folder_written_atomically
 from megavlm.vocabulary import SPECIALS, copy_text_model
 
 
@@ -16,7 +16,8 @@ def export(source: Path, out: Path) -> str:
     """Write weights, configuration and vocabulary of a checkpoint.
 
     ``AutoModelForCausalLM.from_pretrained(out)`` gives the same logits; a tied output head is stored once. Beside it lie
-    ``text.model`` (a SentencePiece file, or a folder with ``tokenizer.json``) and ``vocabulary.json``, which says where text, special tokens and image codes begin.
+    ``text.model`` (a SentencePiece file, or a folder with ``tokenizer.json``) and ``vocabulary.json``, which says where text, special
+    tokens and image codes begin.
 
     Args:
         source: A run folder (its newest checkpoint) or a checkpoint in one.
@@ -30,16 +31,13 @@ def export(source: Path, out: Path) -> str:
     """
     if out.exists():
         raise MegavlmError(f"{out} exists already\n  do:    name another folder, or remove it")
-    checkpoint = find(source)[-1]
-    folder = RunFolder(checkpoint.parent.parent)
+    folder, checkpoint = locate(source)
     parts = Parts(load_run_config(folder))
     config, vocabulary = parts.config, parts.vocabulary
     backbone = parts.make_backbone()
     causal_lm = backbone.causal_lm
     load_weights(checkpoint, backbone)
     left_out = [name for name, _ in backbone.named_parameters() if not name.startswith("causal_lm.")]
-    causal_lm.save_pretrained(out)
-    copy_text_model(folder.text_model, out / "text.model")
     layout = {
         "size": vocabulary.size,
         "num_text": vocabulary.num_text,
@@ -48,6 +46,9 @@ def export(source: Path, out: Path) -> str:
         "image_tokenizer": config.vocabulary.image_tokenizer.model_dump(mode="json"),
         "checkpoint": str(checkpoint.name),
     }
-    (out / "vocabulary.json").write_text(json.dumps(layout, indent=1))
+    with folder_written_atomically(out) as files:
+        causal_lm.save_pretrained(files)
+        copy_text_model(folder.text_model, files / "text.model")
+        (files / "vocabulary.json").write_text(json.dumps(layout, indent=1))
     remark = f"; left out, as stock models have no place for them: {', '.join(left_out)}" if left_out else ""
     return f"{sum(p.numel() for p in causal_lm.parameters()) / 1e6:.2f}M parameters in float32 from {checkpoint}{remark}"

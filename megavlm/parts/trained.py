@@ -1,5 +1,6 @@
 """From a run folder to its configuration and its trained model."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from megavlm.engine.checkpoint import load_weights
 from megavlm.errors import MegavlmError
 from megavlm.evaluation.trained import TrainedModel
 from megavlm.parts.parts import Parts
+from megavlm.runs.checkpoints import locate
 from megavlm.runs.folder import RunFolder
-from megavlm.runs.manifest import complete_checkpoints
 
 
 def load_run_config(folder: RunFolder, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -21,34 +22,31 @@ def load_run_config(folder: RunFolder, overrides: dict[str, Any] | None = None) 
         folder: Of the run.
         overrides: Settings to change, as on the command line.
     """
-    if not folder.config_file.is_file():
+    if not os.path.lexists(folder.config_file):
         raise MegavlmError(f"{folder.path} is not a run folder: it has no config.yaml\n  do:    train a recipe first")
     return load_config(str(folder.config_file), {"vocabulary.text_model": str(folder.text_model)} | (overrides or {}))
 
 
 def load_trained(run: str | Path, overrides: dict[str, Any] | None = None) -> tuple[TrainedModel, Parts]:
-    """The weights of a run's newest checkpoint in this one process, and the parts of its configuration.
+    """The weights of a checkpoint, by default a run's newest one, in this one process, and the parts of its configuration.
 
     Args:
-        run: The run folder.
+        run: The run folder, or one checkpoint in it.
         overrides: Settings to change, as on the command line.
 
     Raises:
         MegavlmError: If there is no checkpoint, or it is damaged.
     """
-    folder = RunFolder(run)
+    folder, checkpoint = locate(run)
     config = load_run_config(folder, overrides)
-    checkpoints = complete_checkpoints(folder.checkpoints)
-    if not checkpoints:
-        raise MegavlmError(f"{folder.path} has no complete checkpoint\n  do:    let the run reach its first checkpoint")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = Parts(config, device)
     backbone = parts.make_backbone()
-    load_weights(checkpoints[-1], backbone)
+    load_weights(checkpoint, backbone)
     backbone.to(device).eval()
     model = TrainedModel(
         folder=folder,
-        checkpoint=checkpoints[-1],
+        checkpoint=checkpoint,
         backbone=backbone,
         encoder=parts.encoder,
         costing=parts.inference_costing,

@@ -2,12 +2,16 @@
 new ones."""
 
 import json
+import logging
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 from megavlm.errors import MegavlmError
-from megavlm.system.files import write_atomically
+from megavlm.system.files import DamagedFile, read_json, write_atomically
+
+log = logging.getLogger(__name__)
 
 
 class Superseded(MegavlmError):
@@ -33,10 +37,9 @@ class Ownership:
             "token": uuid.uuid4().hex[:12],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        if self.file.exists():
-            other = json.loads(self.file.read_text())
-            if other["job"] and other["job"] == self.mine["job"] and other["restart"] > self.mine["restart"]:
-                raise Superseded(self._message(other))
+        other = self._read()
+        if other and other["job"] and other["job"] == self.mine["job"] and other["restart"] > self.mine["restart"]:
+            raise Superseded(self._message(other))
         write_atomically(self.file, json.dumps(self.mine))
 
     @property
@@ -48,8 +51,31 @@ class Ownership:
         """Raises:
         Superseded: If a later start owns the folder now.
         """
-        if (other := json.loads(self.file.read_text())) != self.mine:
+        other = self._read()
+        if other is None:  # nobody's: who takes a folder over writes the file whole
+            write_atomically(self.file, json.dumps(self.mine))
+        elif other != self.mine:
             raise Superseded(self._message(other))
+
+    def _read(self) -> dict[str, Any] | None:
+        """Who owns the folder; None if nobody does, or if the file is damaged.
+
+        Raises:
+            DamagedFile: If it cannot be read now: it may be another's.
+        """
+        if not os.path.lexists(self.file):
+            return None
+        try:
+            other = read_json(self.file)
+            if [type(other.get(name)) for name in ("job", "restart", "token")] == [str, int, str]:
+                return other
+            what = f"{self.file} is damaged: it names no owner"
+        except DamagedFile as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            what = error.what
+        log.warning("%s: this start takes the folder over", what)
+        return None
 
     def _message(self, other: dict) -> str:
         return (

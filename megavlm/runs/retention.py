@@ -1,9 +1,11 @@
 """When checkpoints are written, and which of them stay."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from megavlm.errors import MegavlmError
 from megavlm.runs.manifest import read_manifest, step_of
 from megavlm.settings import Count, Positive, Settings, Switch
 
@@ -32,8 +34,16 @@ class CheckpointConfig(Settings):
         if self.keep_every_steps:
             staying |= {path for path in checkpoints if step_of(path) % self.keep_every_steps == 0}
         if self.keep_best:
-            rated = [(read_manifest(path)["metrics"].get(self.best_metric), path) for path in checkpoints]
-            rated = sorted((value, path) for value, path in rated if value is not None)
+            rated = []
+            for path in checkpoints:
+                try:
+                    value = read_manifest(path)["metrics"].get(self.best_metric)
+                except MegavlmError:  # it may be the best
+                    staying.add(path)
+                    continue
+                if value is not None and math.isfinite(value):
+                    rated.append((value, path))
+            rated.sort()
             # of equal ones the newest
             best = rated[-self.keep_best :] if self.best_mode == "max" else sorted(rated, key=_small_then_new)[: self.keep_best]
             staying |= {path for _, path in best}

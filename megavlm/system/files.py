@@ -27,7 +27,10 @@ class DamagedFile(MegavlmError):
 
     def __init__(self, what: str):
         self.what = what
-        super().__init__(f"{what}\n  do:    bring it back from a copy, or remove it")
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  do:    bring it back from a copy, or remove it"
 
 
 def sha256(path: Path) -> str:

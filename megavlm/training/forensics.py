@@ -19,9 +19,9 @@ from megavlm.parts.parts import Parts
 from megavlm.parts.trained import load_run_config
 from megavlm.randomness import Purpose, integer_seed
 from megavlm.routing.tasks import TASKS
-from megavlm.runs.folder import RunFolder
-from megavlm.runs.manifest import complete_checkpoints, step_of
-from megavlm.system.files import write_atomically
+from megavlm.runs.checkpoints import run_of
+from megavlm.runs.manifest import complete_checkpoints, is_checkpoint_name, step_of
+from megavlm.system.files import DamagedFile, read_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -73,21 +73,22 @@ def replay(run: str | Path, step: int | None = None) -> dict[str, Any]:
     still not finite then is the data or the weights, not the hardware or the number format.
 
     Args:
-        run: The run folder.
+        run: The run folder; or one checkpoint in it, if the weights are to be its.
         step: As in the name of the file in ``forensics/``; the last one by default.
 
     Returns:
         Per pack its mean loss per task, gradient norm, samples, and the first modules whose output is not finite.
     """
-    folder = RunFolder(run)
+    folder, named = run_of(run)
     report = _read_report(folder.forensics, step)
     parts = Parts(load_run_config(folder))
     config = parts.config
     before = [path for path in complete_checkpoints(folder.checkpoints) if step_of(path) < report["step"]]
+    checkpoint = named or (before[-1] if before else None)
     torch.manual_seed(config.seed)
     backbone = parts.make_backbone()
-    if before:
-        load_weights(before[-1], backbone)
+    if checkpoint:
+        load_weights(checkpoint, backbone)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     names = list(config.data.sources)
     results = []
@@ -103,7 +104,7 @@ def replay(run: str | Path, step: int | None = None) -> dict[str, Any]:
         result = _run_pack(backbone, pack, seed)
         result["samples"] = [f"{names[source]} shard {shard} sample {index}: {key}" for source, _, shard, index, *_, key in samples]
         results.append({"lane": pack.lane} | result)
-    weights = before[-1].name if before else "initial weights"
+    weights = checkpoint.name if checkpoint else "initial weights"
     return {"step": report["step"], "reason": report["reason"], "weights": weights, "packs": results}
 
 
@@ -140,9 +141,12 @@ def _run_pack(backbone, pack, seed: int) -> dict[str, Any]:
 
 
 def _read_report(folder: Path, step: int | None) -> dict[str, Any]:
-    reports = sorted(folder.glob("step-*.json"))
+    reports = sorted(path for path in folder.glob("step-*.json") if is_checkpoint_name(path.stem))
     wanted = [path for path in reports if step is None or path.stem == f"step-{step:08d}"]
     if not wanted:
         known = ", ".join(str(int(path.stem.removeprefix("step-"))) for path in reports) or "none"
         raise MegavlmError(f"{folder} has no report of step {step or ''}\n  do:    name a step that was skipped: {known}")
-    return json.loads(wanted[-1].read_text())
+    report = read_json(wanted[-1])
+    if not {"step", "reason", "packs"} <= set(report):
+        raise DamagedFile(f"{wanted[-1]} is damaged: it is no report")
+    return report

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from megavlm.engine.checkpoint import load_weights
+from megavlm.engine.checkpoint import DoesNotFit, load_weights
 from megavlm.errors import ConfigError
 from megavlm.runs.manifest import complete_checkpoints, verify
 from megavlm.vocabulary import Vocabulary, same_text_model
@@ -39,8 +39,8 @@ def load_initial_weights(source: str, causal_lm: nn.Module, vocabulary: Vocabula
     if (path / "manifest.json").is_file():
         try:
             load_weights(path, nn.ModuleDict({"causal_lm": causal_lm}))
-        except (ValueError, RuntimeError, KeyError, torch.distributed.checkpoint.CheckpointException) as error:
-            raise ConfigError(_does_not_fit(path, str(error).splitlines()[-1])) from error
+        except DoesNotFit as error:
+            raise ConfigError(_does_not_fit(path, error.detail)) from error
     elif (path / "config.json").is_file() and (shards := sorted(path.glob("*.safetensors"))):
         weights = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
         own_text = same_text_model(path, vocabulary.text_model)

@@ -41,6 +41,7 @@ from megavlm.randomness import Purpose, integer_seed
 from megavlm.routing.tasks import TASKS
 from megavlm.runs.exits import Exit, RunEnded
 from megavlm.runs.folder import RunFolder
+from megavlm.runs.manifest import checkpoints_in
 from megavlm.runs.status import write_status
 from megavlm.system.harmless import harmless
 from megavlm.system.world import World, set_timeout
@@ -100,7 +101,7 @@ class Trainer:
         # the same weights on every rank: DeepSpeed keeps rank 0's, but a frozen seed costs nothing
         torch.manual_seed(config.seed)
         causal_lm = self.parts.make_causal_lm()
-        if config.init_from and not any(self.world.gather(list(self.folder.checkpoints.glob("step-*")))):
+        if config.init_from and not any(self.world.gather(checkpoints_in(self.folder.checkpoints))):
             load_initial_weights(config.init_from, causal_lm, self.parts.vocabulary)
         return start_engine(
             self.parts.make_backbone(causal_lm),

@@ -76,8 +76,39 @@ def test_a_damaged_checkpoint_is_refused_and_the_newest_intact_one_is_taken(trai
             assert [p.name[:21] for p in (copy / "checkpoints").glob("damaged-*")] == ["damaged-step-00000004"]
         else:
             flip(copy / "checkpoints" / "step-00000002" / name)
-            with pytest.raises(AssertionError, match="every checkpoint of this run is damaged(.|\n)*__1_0.distcp has another"):
-                run_ranks(1, train, here, 6)
+            for _ in range(2):  # the second start does not begin at step 0 either
+                with pytest.raises(AssertionError, match="every checkpoint of this run is damaged(.|\n)*__1_0.distcp has another"):
+                    run_ranks(1, train, here, 6)
+
+
+def test_a_checkpoint_without_its_manifest_is_damaged(trained, tmp_path):
+    """And it is no matter what else lies beside it, or that an earlier version has renamed the damaged ones."""
+    run, config, _ = trained
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    here, checkpoints = config.model_copy(update={"run_dir": str(copy)}), copy / "checkpoints"
+    (checkpoints / "step-00000004" / "manifest.json").unlink()
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000009-backup")
+    result = restored_alone(here)
+    assert result["step"] == 2 and "step-00000004 is damaged and not taken: manifest.json is missing" in result["log"]
+    (checkpoints / "step-00000002").rename(checkpoints / "damaged-step-00000002-x")
+    with pytest.raises(
+        AssertionError, match="every checkpoint of this run is damaged(.|\n)*damaged-step-00000002-x: was damaged and set aside"
+    ):
+        restored_alone(here)
+    shutil.rmtree(checkpoints)
+    assert restored_alone(here)["step"] == 0
+
+
+def test_a_checkpoint_of_another_model_is_refused(trained, tmp_path):
+    """A run folder whose config.yaml was lost cannot say so before."""
+    run, config, _ = trained
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "config.yaml").unlink()
+    wider = config.model.model_copy(update={"architecture": config.model.architecture | {"intermediate_size": 48}})
+    with pytest.raises(AssertionError, match="step-00000004 does not fit this model: .*\n  do:    give the model"):
+        restored_alone(config.model_copy(update={"run_dir": str(copy), "model": wider}))
 
 
 def test_changed_sources_are_refused_before_the_folder_changes(trained, tmp_path):
