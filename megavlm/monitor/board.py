@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import image, scalar
 
+from megavlm.monitor.event_file import EventFile
 from megavlm.system.harmless import harmless
 
 
@@ -20,27 +21,33 @@ class Board:
 
     def __init__(self, folder: Path, first_step: int, writes: bool):
         self.folder = folder
-        self._writer: SummaryWriter | None = None
-        with harmless(str(folder)):
-            if writes:
-                self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        self.first_step = first_step
+        self.writes = writes
+        self._file: EventFile | None = None
+        self.scalars({}, first_step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Show numbers, by their tags."""
-        if self._writer:
+        if self.writes:
             with harmless(str(self.folder)):
+                file = self._opened()
                 for tag, value in values.items():
-                    self._writer.add_scalar(tag, value, step)
+                    file.add(scalar(tag, value), step)
 
     def images(self, tag: str, images_NHWC: np.ndarray, step: int) -> None:
-        """Show images, uint8 RGB, at once."""
-        if self._writer and len(images_NHWC):
+        """Show images, uint8 RGB."""
+        if self.writes and len(images_NHWC):
             with harmless(f"images in {self.folder}"):
-                self._writer.add_images(tag, images_NHWC, step, dataformats="NHWC")
-                self._writer.flush()
+                self._opened().add(image(tag, images_NHWC, dataformats="NHWC"), step)
 
     def close(self) -> None:
-        """Write what is left."""
-        if self._writer:
+        """No more is written."""
+        if self._file:
             with harmless(str(self.folder)):
-                self._writer.close()
+                self._file.close()
+
+    def _opened(self) -> EventFile:
+        """The file; tried again if the disk was full before."""
+        if self._file is None:
+            self._file = EventFile(self.folder, self.first_step)
+        return self._file

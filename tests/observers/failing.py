@@ -53,7 +53,7 @@ def _run_with(world, config, fault: str) -> dict:
         undo.append((pictures.pyplot, "subplots", pictures.pyplot.subplots))
         pictures.pyplot.subplots = _fail
     elif fault == "in the board" and world.is_main:
-        trainer.board._writer.add_images = trainer.board._writer.add_scalar = trainer.board._writer.close = _fail
+        trainer.board._file.add = trainer.board._file.close = _fail
     trainer.run()
     for place, name, value in undo:
         setattr(place, name, value)
