@@ -10,7 +10,6 @@ counted as its ``config.json`` says.
 
 import io
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +22,7 @@ from megavlm.errors import ConfigError
 from megavlm.image_tokenizers.build import ImageTokenizerConfig
 from megavlm.image_tokenizers.pixel import PixelTokenizerConfig
 from megavlm.settings import PathText, Settings
+from megavlm.system.files import copy_atomically, write_atomically
 
 
 class VocabularyConfig(Settings):
@@ -109,25 +109,33 @@ def load_text_tokenizer(path: str | Path) -> TextTokenizer:
         ConfigError: If there is none.
     """
     path = Path(path)
-    if (path / TOKENIZER_FILE).is_file():
-        return HuggingFaceText(path)
-    if not path.is_file():
+    try:
+        if (path / TOKENIZER_FILE).is_file():
+            return HuggingFaceText(path)
+        if path.is_file():
+            return SentencePieceText(path)
+    except ConfigError:
+        raise
+    except Exception as error:  # sentencepiece and tokenizers raise what they like
         raise ConfigError(
-            f"vocabulary.text_model: no SentencePiece model at {path}, and no folder with {TOKENIZER_FILE}\n"
-            f"  do:    write the benchmark's data (`megavlm data digits {path.parent}`), or correct the path"
-        )
-    return SentencePieceText(path)
+            f"vocabulary.text_model: {path} is damaged or no tokenizer: {str(error)[:200]}\n"
+            "  do:    bring it back from a copy, or name another"
+        ) from error
+    raise ConfigError(
+        f"vocabulary.text_model: no SentencePiece model at {path}, and no folder with {TOKENIZER_FILE}\n"
+        f"  do:    write the benchmark's data (`megavlm data digits {path.parent}`), or correct the path"
+    )
 
 
 def copy_text_model(source: Path, target: Path) -> None:
     """Copy what `load_text_tokenizer` reads: a file, or of a folder the tokenizer and the configuration."""
     if source.is_file():
-        shutil.copyfile(source, target)
+        copy_atomically(source, target)
         return
     target.mkdir(exist_ok=True)
-    for name in (TOKENIZER_FILE, "config.json"):
+    for name in ("config.json", TOKENIZER_FILE):  # a folder without the latter is none
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            copy_atomically(source / name, target / name)
 
 
 def same_text_model(first: Path, second: Path) -> bool:
@@ -201,4 +209,4 @@ def train_text_model(texts: Iterable[str], path: Path, vocab_size: int) -> None:
             f"no text model can be trained on these texts: {error}\n  do:    give more text, or another vocab_size"
         ) from error
     # a model that is there already stays until there is another
-    path.write_bytes(model.getvalue())
+    write_atomically(path, model.getvalue())

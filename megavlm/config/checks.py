@@ -1,8 +1,11 @@
 """What settings say of each other: contradictions that no single setting shows, found when the recipe is read."""
 
+import difflib
 from collections.abc import Iterator
 
+from megavlm.config.document import shown
 from megavlm.config.run import RunConfig
+from megavlm.monitor.tags import is_tag, known_tags
 from megavlm.routing.tasks import TASKS
 
 MOST_CHUNKS = 1024
@@ -16,6 +19,7 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _optimizer(config)
     yield from _routing(config)
     yield from _data(config)
+    yield from _best(config)
     weights = config.loss.task_weights
     if not any(weights.get(task, 1.0) for task in TASKS):
         yield "loss.task_weights", "all are 0, so there is nothing to learn; give one task a weight"
@@ -37,6 +41,22 @@ def _routing(config: RunConfig) -> Iterator[tuple[str, str]]:
     routing = config.routing
     if routing.warmup_fraction + routing.dense_finish_fraction > 1:
         yield "routing.warmup_fraction", "with dense_finish_fraction it is more than the whole run; lower one of them"
+
+
+def _best(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What is best must be said: by default nothing is reported but losses of training, which rank no checkpoint."""
+    rule, sources = config.checkpoint, list(config.data.sources)
+    if not rule.keep_best:
+        return
+    if rule.best_metric is None:
+        yield (
+            "checkpoint.best_metric",
+            "keep_best needs the tag that it ranks by; name one that is reported, such as optimizer/gradient_norm or loss/generation"
+            " (loss/... is the loss of training, not of held-out data)",
+        )
+    elif not is_tag(rule.best_metric, sources):
+        nearest = difflib.get_close_matches(rule.best_metric, known_tags(sources), n=1, cutoff=0)[0]
+        yield "checkpoint.best_metric", f"this run reports no {shown(rule.best_metric)}. Did you mean {nearest}?"
 
 
 def _data(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from megavlm.config.mistakes import describe_all, message_of
 from megavlm.config.run import RunConfig
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.routing.plan import RoutingConfig
-from megavlm.system.files import RECIPES, find_resource, write_atomically
+from megavlm.system.files import RECIPES, find_resource, write_if_new
 from megavlm.system.user_code import import_user_module
 
 
@@ -107,7 +107,7 @@ def _in_short(error: Exception) -> str:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as a recipe that ``load_config`` reads again."""
-    write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110))
+    write_if_new(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110))
 
 
 def _override(tree: dict, dotted: str, value: Any) -> None:

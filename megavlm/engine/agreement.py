@@ -9,6 +9,7 @@ the ranks agree on the strongest wish that any of them has, in one small all-red
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import distributed
 
 from megavlm.engine import signals
 from megavlm.engine.signals import Wish
+from megavlm.system.harmless import harmless
 from megavlm.system.world import World, new_host_group
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,9 @@ class Wishes:
             return
         self._looked_s = now_s
         for name in ("save", "stop"):
-            if (self.run / name).exists():
+            if not os.path.lexists(self.run / name):
+                continue
+            with harmless(f"the removal of {self.run / name}"):  # what cannot be removed is no wish: it would be one for ever
                 (self.run / name).unlink()
                 log.info("found %s", self.run / name)
                 if name == "save":

@@ -137,6 +137,8 @@ class Checkpointer:
         self.wait()
         if step == self.last_step:  # this very state is on the disk
             return 0.0
+        if self._owner and self.config.keep_best and (metrics or {}).get(self.config.best_metric) is None:
+            log.warning("the checkpoint of step %d has no rank: %s was not reported before it", step, self.config.best_metric)
         tensors, steps = self._staging.copy_from(engine), group_steps(engine)
         stall_s = time.perf_counter() - begin
         self.last_step = step

@@ -18,10 +18,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from megavlm.engine.guard import FaultConfig
 from megavlm.runs.exits import Exit
+from megavlm.system.files import DamagedFile, read_json, write_atomically
+from megavlm.system.harmless import harmless
 
 log = logging.getLogger(__name__)
 
@@ -102,18 +105,22 @@ class Watchdog:
                 return
 
     def _report(self, here: Path) -> None:
-        here.mkdir(parents=True, exist_ok=True)
-        (here / "noticed").touch()
         seconds = time.monotonic() - self._stage_begin_s
-        with (here / f"rank-{self.rank}.txt").open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
         entry = {"rank": self.rank, "stage": self.stage, "seconds": round(seconds, 1), "host": os.uname().nodename}
-        (here / f"rank-{self.rank}.json").write_text(json.dumps(entry))
+        with harmless(f"the stacks of a hang {here}"):
+            here.mkdir(parents=True, exist_ok=True)
+            (here / "noticed").touch()
+            with (here / f"rank-{self.rank}.txt").open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            write_atomically(here / f"rank-{self.rank}.json", json.dumps(entry))
         deadline_s = time.monotonic() + GRACE_S
         while len(found := list(here.glob("rank-*.json"))) < self.world_size and time.monotonic() < deadline_s:
             time.sleep(POLL_S / 5)
-        time.sleep(POLL_S)  # the last one's file may not be complete yet
-        entries = {entry["rank"]: entry for entry in (json.loads(path.read_text()) for path in found)}
+        entries = {self.rank: entry}
+        for path in found:
+            with suppress(DamagedFile, KeyError):
+                other = read_json(path)
+                entries[other["rank"]] = other
         # one of those that are alive speaks for all
         if self.rank == min(entries):
             log.error(describe_hang(self._step, self._budget_s, entries, self.world_size, here))

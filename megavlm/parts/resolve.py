@@ -1,6 +1,9 @@
 """From a recipe to the parts of its run: what is found out when a run starts is kept with it and never found out again."""
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,10 @@ from megavlm.data.tools.tokenize import check_codes
 from megavlm.errors import ConfigError
 from megavlm.parts.parts import Parts
 from megavlm.runs.folder import RunFolder
-from megavlm.runs.manifest import complete_checkpoints
+from megavlm.runs.manifest import checkpoints_in
+from megavlm.runs.status import write_status
+from megavlm.system.harmless import harmless
+from megavlm.system.log_file import LogFile
 from megavlm.system.world import World
 from megavlm.vocabulary import copy_text_model, same_text_model
 
@@ -38,16 +44,19 @@ def resolve(config: RunConfig, folder: RunFolder, world: World) -> Parts:
 
 
 def keep(config: RunConfig, folder: RunFolder) -> None:
-    """Write a configuration with which the run goes on."""
-    save_config(config, folder.config_file)
+    """Write a configuration with which the run goes on.
+
+    Raises:
+        ConfigError: If it cannot be written: what is trained from now on could not be read with the right settings.
+    """
+    with _writable():
+        save_config(config, folder.config_file)
 
 
 def _resolve_alone(parts: Parts, folder: RunFolder) -> Parts:
-    try:
+    with _writable():
         folder.path.mkdir(parents=True, exist_ok=True)
-        logging.getLogger().addHandler(_file_handler(folder.log_file))
-    except OSError as error:
-        raise ConfigError(f"run_dir: {error.filename}: {error.strerror}\n  do:    name a folder that can be written") from error
+        logging.getLogger().addHandler(LogFile(folder.log_file))
     parts = _with_fingerprint(parts)
     config, tokenizer = parts.config, parts.image_tokenizer
     if all(source.epochs for source in config.data.sources.values()):
@@ -62,29 +71,47 @@ def _resolve_alone(parts: Parts, folder: RunFolder) -> Parts:
             "monitor.sample_every_steps: the image tokenizer cannot decode, so there is nothing to show\n"
             "  do:    set it to null, or choose another tokenizer"
         )
-    if folder.config_file.exists():
+    if os.path.lexists(folder.config_file):
         parts = parts.replaced(data=_adopted(config, folder))
+    elif checkpoints_in(folder.checkpoints):
+        log.warning("%s is missing: the run goes on with this recipe, and nobody can say whether it is the same", folder.config_file)
     parts = parts.with_mixture()
-    _keep_text_model(Path(config.vocabulary.text_model), folder)
+    with _writable():
+        _keep_text_model(Path(config.vocabulary.text_model), folder)
     # the watchdogs of this start would take an earlier one's note for their own
     for hang in folder.hangs.glob("step-????????"):
-        hang.rename(hang.with_name(f"{hang.name}-{hang.stat().st_mtime_ns}"))
+        with harmless(f"another name for {hang}"):
+            hang.rename(hang.with_name(f"{hang.name}-{hang.stat().st_mtime_ns}"))
+    with harmless(str(folder.status)):
+        write_status(folder, state="starting")
     return parts
 
 
 def _keep_text_model(source: Path, folder: RunFolder) -> None:
     """Copy the text model into the folder; another one than a checkpoint was trained with is refused."""
     kept = folder.text_model
-    if source.resolve() == kept.resolve():
+    if os.path.realpath(source) == os.path.realpath(kept):
         return
-    if kept.exists() and complete_checkpoints(folder.checkpoints):
+    if os.path.lexists(kept) and checkpoints_in(folder.checkpoints):
         is_same = source.read_bytes() == kept.read_bytes() if source.is_file() and kept.is_file() else same_text_model(source, kept)
         if not is_same:
             raise ConfigError(
                 f"vocabulary.text_model: {source} is no longer the model that the run in {folder.path} began with\n"
-                f"  do:    restore it from {kept}, or give another run_dir"
+                f"  do:    restore it from {kept}; or from a copy, if that one is damaged; or give another run_dir"
             )
     copy_text_model(source, kept)
+
+
+@contextmanager
+def _writable() -> Iterator[None]:
+    """Around what a run cannot begin without."""
+    try:
+        yield
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise ConfigError(
+            f"run_dir: {place}{error.strerror}\n  do:    name a folder that can be written; make room if the disk is full"
+        ) from error
 
 
 def _with_fingerprint(parts: Parts) -> Parts:
@@ -99,7 +126,13 @@ def _with_fingerprint(parts: Parts) -> Parts:
 
 def _adopted(config: RunConfig, folder: RunFolder) -> DataConfig:
     """Check ``config`` against the folder's and take over what was resolved when the run began."""
-    before = load_config(str(folder.config_file))
+    try:
+        before = load_config(str(folder.config_file))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder.config_file} is not the recipe that the run began with: {str(error).split('  do:')[0].strip()}\n"
+            "  do:    bring it back from a copy; or remove it, and the run goes on with the recipe as it is given"
+        ) from error
     old, new = _flatten(before.model_dump()), _flatten(config.model_dump())
     differences = [
         (name, old.get(name), new.get(name))
@@ -107,7 +140,7 @@ def _adopted(config: RunConfig, folder: RunFolder) -> DataConfig:
         if old.get(name) != new.get(name) and not name.startswith("data.mixture.")
     ]
     fixed = [d for d in differences if any(d[0] == name or d[0].startswith(name + ".") for name in FIXED)]
-    if fixed and complete_checkpoints(folder.checkpoints):
+    if fixed and checkpoints_in(folder.checkpoints):
         lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, old, new in fixed)
         raise ConfigError(
             f"{folder.path} holds a run with other settings, and cannot go on with these:\n{lines}\n"
@@ -130,9 +163,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = list(value.items()) if isinstance(value, dict) else value
     return flat
-
-
-def _file_handler(path: Path) -> logging.Handler:
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    return handler

@@ -23,8 +23,8 @@ class CheckpointConfig(Settings):
     """Checkpoints at multiples of this stay for ever."""
     keep_best: Count = 0
     """How many of the best by `best_metric` stay as well."""
-    best_metric: str = "loss/generation"
-    """TensorBoard tag; its last value before the save counts."""
+    best_metric: str | None = None
+    """TensorBoard tag that `keep_best` ranks by; its last value before the save counts. `loss/...` is the training loss. No default."""
     best_mode: Literal["min", "max"] = "min"
     """Whether small or large values are good."""
 

@@ -62,11 +62,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     sync_folder(path.parent)
 
 
+def write_if_new(path: Path, content: str | bytes) -> None:
+    """As `write_atomically`; a file that holds this already is left alone, for there may be no room for another."""
+    content = content.encode() if isinstance(content, str) else content
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomically(path, content)
+
+
 def copy_atomically(source: Path, target: Path) -> None:
-    """Copy a small file as `write_atomically` does; one that is the same already is left alone."""
-    content = source.read_bytes()
-    if not target.is_file() or target.read_bytes() != content:
-        write_atomically(target, content)
+    """Copy a small file; one that is the same already is left alone."""
+    write_if_new(target, source.read_bytes())
 
 
 @contextmanager
