@@ -79,7 +79,7 @@ class RunCommands:
         """Run the packs of a skipped step again and say what each of them does; the report is JSON.
 
         Args:
-            run: The run folder.
+            run: The run folder; or one checkpoint in it, for the weights.
             step: The number of the skipped step; by default the last one.
         """
         import json
