@@ -13,7 +13,7 @@ FAULTS = {
     "in the picture": "no picture today",
     "in the board": "no picture today",
 }
-PROMPTS = [r"between $\frac{1$ and $x^$", "a\x00b", "word " * 30, "a handwritten 七"]
+PROMPTS = [r"between $\frac{1$ and $x^$", "a\x07b", "word " * 30, "a handwritten 七"]
 
 
 def test_whatever_fails_beside_training_the_run_goes_on_as_if_nothing_had_been(make_config, tmp_path):
