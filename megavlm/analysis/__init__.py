@@ -1,4 +1,5 @@
-"""The laboratory: where attention goes, which layers can do without image tokens, and how the two tasks pull on one set of weights.
+"""The laboratory: where attention goes, which layers can do without image tokens, and how the gradients of the two tasks agree.
 
-`attention` and `gradients` also work while a run trains (`during`); all of them on its checkpoints (`megavlm analyze`).
+All instruments work on the checkpoints of a run (`megavlm analyze`). `attention` and `gradients` also work while a run trains
+(`megavlm.observers.instruments`).
 """

@@ -1,16 +1,16 @@
 """Where attention goes, under fused kernels that never write it down.
 
-A few query rows of each pack are computed again against all keys of their own sequence, in float32, from the queries and keys that the
-layer's kernel gets; never the full matrix. The forward pass itself is left as it is, bit for bit, and calls no module more often (P7).
+A few query rows of each pack are computed again in float32, against all keys of their own sequence, from the queries and keys that the
+layer's kernel gets; never the full matrix. The forward pass itself does not change by a bit, and calls no module more often (P7).
 
     watch = AttentionWatch(shape, vocabulary, seed)
     with watch.on(backbone, pack):            # the pack on the host
         backbone(pack.to(device))
     watch.shares()
 
-Per layer, key/value head (mean over the query heads that share it), task and kind of query: the share of attention on text, image, special
-and sink tokens; its entropy in nats; and the effective number of image tokens, exp of the entropy of the attention restricted to image
-tokens, over the rows that can see one.
+The statistics are kept per layer, key/value head (mean over the query heads that share it), task and kind of query: the share of attention
+on text, image, special and sink tokens; its entropy in nats; and the effective number of image tokens, which is exp of the entropy of the
+attention restricted to image tokens, over the rows that can see one.
 """
 
 from collections.abc import Iterator
@@ -34,12 +34,12 @@ STATISTICS = (*KINDS, "entropy", "effective_image_tokens")
 
 @dataclass(frozen=True)
 class Allocation:
-    """Means of one task's queries of one kind."""
+    """Mean statistics of the queries of one kind in one task."""
 
     queries: int
     """Rows looked at, over all layers."""
     groups_XLG: np.ndarray
-    """Per statistic of `STATISTICS`, layer and key/value head; NaN where nothing was to be seen."""
+    """Mean per statistic of `STATISTICS`, layer and key/value head; NaN where no row was looked at."""
 
     @property
     def mean_XL(self) -> np.ndarray:
@@ -48,12 +48,12 @@ class Allocation:
 
 
 class AttentionWatch:
-    """Sums over the packs that it was on.
+    """Sums of the statistics over the packs that it watched.
 
     Args:
-        shape: Of the model.
+        shape: The model's sizes.
         vocabulary: Tells text from images by their ids.
-        seed: Of the choice of rows, with the pack's lane and step.
+        seed: Chooses the rows, together with the pack's lane and step.
         num_rows: Most rows of one kind in one sequence.
         num_sequences: Most sequences of one task in a pack.
     """
@@ -69,7 +69,7 @@ class AttentionWatch:
         """Watch the next forward pass of a pack.
 
         Args:
-            backbone: Not the engine around it.
+            backbone: The backbone itself, not the engine around it.
             pack: On the host.
         """
         rng = stream(self.seed, Purpose.ANALYSIS, pack.lane, pack.step)
@@ -95,7 +95,7 @@ class AttentionWatch:
             self.counts_LC2[stage.layers.start : stage.layers.stop] += stage.counts_C2
 
     def merge(self, sum_over_ranks) -> None:
-        """Add up what all ranks have seen. Called by all of them together.
+        """Add up the sums of all ranks. Called by all of them together.
 
         Args:
             sum_over_ranks: float64 ``[n]`` → their sum over the ranks, such as `World.sum`.
@@ -107,7 +107,7 @@ class AttentionWatch:
         self.counts_LC2 = both[sums.numel() :].reshape(self.counts_LC2.shape)
 
     def shares(self) -> dict[tuple[str, str], Allocation]:
-        """(task, kind of query) → what was seen; those of which nothing was seen are left out."""
+        """(task, kind of query) → mean statistics; pairs without a row are left out."""
         sums_XCLG = self._sums(torch.device("cpu")).double().cpu().numpy().transpose(3, 2, 0, 1)
         of_rows, of_seeing = self.counts_LC2.transpose(2, 1, 0)[..., None]
         with np.errstate(invalid="ignore"):
@@ -151,8 +151,8 @@ def statistics(scores_hQL: torch.Tensor, kinds_L: torch.Tensor) -> torch.Tensor:
     """The statistics of rows of attention.
 
     Args:
-        scores_hQL: Before the softmax, float32; -inf for keys that a row cannot see. Any leading dimensions.
-        kinds_L: Of the keys.
+        scores_hQL: Scores before the softmax, float32; -inf for keys that a row cannot see. Any leading dimensions.
+        kinds_L: Kinds of the keys.
 
     Returns:
         ``[…, Q, X]`` in the order of `STATISTICS`; the effective number is 0 for rows that see no image token.

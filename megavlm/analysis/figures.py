@@ -1,4 +1,4 @@
-"""The laboratory's figures."""
+"""The figures of `megavlm analyze`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ CYCLE = [f"C{i}" for i in range(10)]
 
 
 def attention_shares(shares: dict[tuple[str, str], Allocation], path: Path) -> Path:
-    """Per task and kind of query: the shares by layer, stacked; below, over how many tokens the attention spreads."""
+    """A column per task and kind of query. Above: the shares by layer, stacked. Below: over how many tokens the attention spreads."""
     figure, axes = pyplot.subplots(
         2, len(shares), figsize=(3.6 * len(shares), 6), squeeze=False, layout="constrained", height_ratios=[2, 1], sharey="row"
     )

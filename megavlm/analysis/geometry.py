@@ -1,4 +1,4 @@
-"""Task geometry over a run: the alignment of the tasks' gradients and the similarity of their states, at every checkpoint that exists."""
+"""The geometry of the tasks over a run: alignment of their gradients and similarity of their states, at every checkpoint that exists."""
 
 import logging
 from dataclasses import asdict
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 def geometry_of_run(subject: Subject, num_images: int) -> list[dict[str, Any]]:
     """One entry per complete checkpoint, oldest first: ``step``, ``gradients`` (pair of tasks → block → alignment) and ``cka`` per layer.
 
-    The same packs and images at all of them. Leaves the weights of the newest checkpoint in the subject's backbone.
+    All checkpoints see the same packs and images. Afterwards the subject's backbone has the weights of the newest checkpoint.
 
     Args:
         subject: The run and its samples.
-        num_images: Drawn images to compare with their read versions; fewer if the samples have fewer.
+        num_images: Images whose drawn and read states are compared; fewer if the samples have fewer.
     """
     packs = [pack.to(subject.model.device) for pack in subject.packs()]
     labels_t = np.sum([pack.task_labels for pack in packs], axis=0)
@@ -48,7 +48,7 @@ def geometry_of_run(subject: Subject, num_images: int) -> list[dict[str, Any]]:
 
 
 def _factors(subject: Subject, labels_t: np.ndarray) -> torch.Tensor:
-    """Of a step on these packs alone, with the gates' loss, which belongs to no task, left out."""
+    """The factors of a step on these packs alone. The gates' loss is left out: it belongs to no task."""
     weights = subject.config.loss.task_weights
     factor_t = np.array([weights.get(task, 1.0) for task in TASKS]) / np.maximum(labels_t, 1)
     factor_G = np.append(np.tile(factor_t, len(subject.config.data.sources)), 0.0)

@@ -1,14 +1,14 @@
-"""How the tasks pull on one set of weights: their gradients, block by block of the model.
+"""How the gradients of the tasks agree, block by block of the model.
 
 A block is a part of a layer (its norms, q, k, v, o, its MLP), the embedding, the final norm, the head, or the gates and injectors of a
-policy. For two tasks a and b with gradients g of their weighted losses, as they are added up in a step:
+policy. Take two tasks a and b, with gradients g of their weighted losses as a step adds them up:
 
     cosine         g_a·g_b / (|g_a| |g_b|)
     norms          |g_a|, |g_b|
     interference   max(0, -cosine) min(|g_a|, |g_b|)
 
-The interference is the length of the smaller gradient's projection on the direction against the larger one: what the two undo of each
-other. PCGrad (Yu et al., NeurIPS 2020) takes exactly this part out; here it is only measured.
+The interference is the length of the smaller gradient's projection on the direction against the larger one: the part that the two undo of
+each other. PCGrad (Yu et al., NeurIPS 2020) removes exactly this part; here it is only measured.
 
 All of it follows from dot products, which under ZeRO-3 are sums over the ranks' partitions: no gradient is ever gathered.
 """
@@ -57,7 +57,7 @@ class Alignment:
     """Two tasks' gradients in one block."""
 
     cosine: float
-    """NaN where one of them is zero."""
+    """NaN where one of the gradients is zero."""
     norms: tuple[float, float]
     interference: float
 
@@ -85,14 +85,14 @@ def _align(products_22: np.ndarray) -> Alignment:
 
 
 def products(blocks: Sequence[str], gradients_TP: Sequence[Sequence[torch.Tensor]]) -> tuple[list[str], torch.Tensor]:
-    """Dot products of gradients, by block and in all.
+    """Dot products of gradients, by block and over the whole model.
 
     Args:
-        blocks: Block of each of the P parameters.
+        blocks: The block of each of the P parameters.
         gradients_TP: For each task a tensor per parameter, or this rank's part of it.
 
     Returns:
-        Names of the blocks, `WHOLE` the last; float64 ``[B, T, T]``.
+        Names of the blocks, `WHOLE` as the last; their dot products, float64 ``[B, T, T]``.
     """
     names = list(dict.fromkeys(blocks))
     num_tasks, place = len(gradients_TP), {name: b for b, name in enumerate(names)}
@@ -108,16 +108,16 @@ def products(blocks: Sequence[str], gradients_TP: Sequence[Sequence[torch.Tensor
 
 
 def factors_of_tasks(factor_G: torch.Tensor, labels_t: np.ndarray) -> dict[str, torch.Tensor]:
-    """Task → the factors of a step's loss with all but that task's set to zero, for the tasks that have labels.
+    """Task → the factors of a step's loss, all but that task's set to zero; for the tasks that have labels.
 
-    Zero, not left out: every rank calls every module for every task (P7).
+    They are zero and not left out, because every rank calls every module for every task (P7).
 
     Args:
-        factor_G: Of each sum that the backbone gives, the gates' loss last.
+        factor_G: The factor of each sum that the backbone gives, the gates' loss last.
         labels_t: Labelled tokens per task, the same on all ranks.
     """
     task_G = torch.arange(len(factor_G), device=factor_G.device) % len(TASKS)
-    task_G[-1] = -1  # of the gates, which belong to no task
+    task_G[-1] = -1  # the gates belong to no task
     return {task: factor_G * (task_G == t) for t, task in enumerate(TASKS) if labels_t[t]}
 
 
@@ -125,8 +125,8 @@ def alone(backbone: nn.Module, packs: Iterable[Pack], factors: dict[str, torch.T
     """The alignment of the tasks in this one process.
 
     Args:
-        backbone: With its parameters whole.
-        packs: On its device.
+        backbone: A backbone whose parameters are not partitioned.
+        packs: Packs on its device.
         factors: As `factors_of_tasks` gives them.
     """
     parameters, packs = [p for p in backbone.parameters() if p.requires_grad], list(packs)
@@ -144,15 +144,15 @@ def alone(backbone: nn.Module, packs: Iterable[Pack], factors: dict[str, torch.T
 def under_zero(
     engine, world: World, packs: list[Pack], factors: dict[str, torch.Tensor], before_pack: Callable[[Pack], None]
 ) -> dict[str, dict[str, Alignment]]:
-    """The alignment of the tasks in the midst of training, between two steps. Called by all ranks together.
+    """The alignment of the tasks during training, between two steps. Called by all ranks together.
 
-    A forward and a backward pass of the step's packs for each task; the state of the training is left as it was. Takes the memory of
-    one partition of the gradients per task.
+    It takes a forward and a backward pass of the step's packs per task, and memory for one partition of the gradients per task. The state
+    of the training does not change.
 
     Args:
-        engine: DeepSpeed's, at stage 3.
+        engine: DeepSpeed's engine, at stage 3.
         world: The processes.
-        packs: Of this rank, on the host; as many on every rank.
+        packs: This rank's packs, on the host; as many on every rank.
         factors: As `factors_of_tasks` gives them from the factors of the step.
         before_pack: Called before each forward pass, as in the step itself.
     """

@@ -2,13 +2,12 @@
 
     late_drop   images that are read: all their tokens leave after l layers and never come back
     away        images that are drawn: their tokens carry the loss, so they cannot leave for good. All of them skip layers l to L-2 and come
-                back for the last layer L-1, in which alone they attend again. What is predicted from them has then seen the image
-                in l+1 of L layers; the prompt's tokens travel through all of them
-    bypass      either kind: a share of every image's tokens, drawn by chance, goes through layers l to L-2, the others skip them
+                back for the last layer, L-1. A prediction has then seen the image in l+1 of L layers; the prompt's tokens pass through all
+    bypass      either kind: a share of every image's tokens, chosen at random, goes through layers l to L-2; the others skip these layers
 
-Each candidate is tried alone, the other kind of image dense, on the samples that have such images; the others cannot change.
-The losses are the model's own cross-entropies per task. It has been trained without the candidate, so the rise is what leaving costs a
-model that never learnt to live with it: an order of the layers, not a forecast of training with the route.
+Each candidate is tried alone, with the other kind of image dense, on the samples that have images of its kind; the others cannot change.
+The losses are the model's own cross-entropies per task. The model was trained without the candidate, so the rise orders its layers; it does
+not predict a training with the route.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +42,7 @@ class Away(Policy):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy for one kind of image, and what came of it."""
+    """A policy for one kind of image, and what it costs and saves."""
 
     task: str
     """Whose images: `understanding` are read, `generation` drawn."""
@@ -51,9 +50,9 @@ class Candidate:
     layer: int
     """The first layer that image tokens skip."""
     rise_t: np.ndarray
-    """Of the mean loss of each task of `TASKS`, in nats per labelled token."""
+    """Rise of the mean loss of each task of `TASKS`, in nats per labelled token."""
     weighted_rise: float
-    """Of the training's loss: the rises times the tasks' weights."""
+    """Rise of the training's loss: the rises of the tasks times their weights."""
     saved_flops: float
     """Forward FLOPs of the probe's packs that the policy saves."""
 
@@ -65,7 +64,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """The losses of packs, and what their forward pass costs."""
+    """The losses of packs, and the cost of their forward pass."""
 
     loss_sums_t: np.ndarray
     labels_t: np.ndarray
@@ -95,11 +94,11 @@ class Probe:
     """Measures candidates on one model and one set of samples.
 
     Args:
-        backbone: In this one process.
+        backbone: The backbone, whole in this one process.
         shape: Its sizes.
         groups: The samples of each pack.
-        num_sources: Of the configuration that the backbone was made from.
-        task_weights: Of the training's loss.
+        num_sources: Number of sources of the backbone's configuration.
+        task_weights: Weights of the tasks in the training's loss.
         device: Where the backbone is.
     """
 
@@ -125,7 +124,7 @@ class Probe:
         }
 
     def packs(self, groups: list[list[EncodedSample]], understanding: Policy, generation: Policy) -> list[Pack]:
-        """Samples along a route."""
+        """Run the samples along a route."""
         plan = RoutingPlan(understanding, generation, self.shape.num_layers, Schedule(1, 0.0, 0.0))
         return build_packs(groups, Costing(plan, self.shape), self.num_sources)
 
@@ -138,7 +137,7 @@ class Probe:
         return Candidate(task, policy, layer, rise_t, float(self.weights_t @ rise_t), before.flops - after.flops)
 
     def flops_share(self, understanding: Policy, generation: Policy) -> float:
-        """Forward FLOPs that a route leaves of the samples' dense ones; nothing is run."""
+        """A route's forward FLOPs as a share of the samples' dense ones; nothing is run."""
         packs = self.packs(self.groups, understanding, generation)
         return sum(pack.flops.sum() for pack in packs) / self.dense.dense_flops
 
@@ -146,7 +145,7 @@ class Probe:
         """`late_drop` and `away` at every layer.
 
         Args:
-            tell: Wraps the list of what is to be done, to show progress.
+            tell: Wraps the list of candidates, to show progress.
         """
         num_layers = self.shape.num_layers
         todo = [("understanding", LateDrop(after_layer=layer), layer) for layer in range(1, num_layers)]

@@ -1,4 +1,4 @@
-"""What the instruments of `megavlm analyze` leave behind: RUN/analysis/*.json and *.png, images in TensorBoard, and a short summary."""
+"""The results of `megavlm analyze`: RUN/analysis/*.json and *.png, images in TensorBoard, and a short summary."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from megavlm.runs.manifest import step_of
 
 @torch.no_grad()
 def analyze_attention(subject: Subject, num_rows: int) -> tuple[Table, list[Path]]:
-    """Watch the subject's packs; a summary, and the files written."""
+    """Watch the attention in the subject's packs. Returns a summary, and the files written."""
     watch = AttentionWatch(
         subject.model.costing.shape, subject.model.encoder.vocabulary, subject.config.seed, num_rows, num_sequences=10**6
     )
@@ -55,7 +55,7 @@ def analyze_attention(subject: Subject, num_rows: int) -> tuple[Table, list[Path
 def analyze_drops(
     subject: Subject, keep_ratios: Iterable[float], flops_share: float | None, shared: bool
 ) -> tuple[Table, Suggestion | None, list[Path]]:
-    """Probe the subject; a summary, a route where a share was asked for, and the files written."""
+    """Probe the subject. Returns a summary, a route where a share was asked for, and the files written."""
     config = subject.config
     probe = Probe(
         *(subject.model.backbone, subject.model.costing.shape, subject.groups, len(config.data.sources)),
@@ -82,7 +82,7 @@ def analyze_drops(
 
 
 def analyze_geometry(subject: Subject, num_images: int) -> tuple[Table, list[Path]]:
-    """Compare the tasks at every checkpoint; a summary, and the files written."""
+    """Compare the tasks at every checkpoint. Returns a summary, and the files written."""
     entries, folder = geometry_of_run(subject, num_images), _folder(subject)
     written = [write_json(folder / "geometry.json", _head(subject) | {"checkpoints": entries})]
     for pair in entries[-1]["gradients"]:
@@ -100,7 +100,7 @@ def analyze_geometry(subject: Subject, num_images: int) -> tuple[Table, list[Pat
 
 
 def write_json(path: Path, document: Any) -> Path:
-    """Write a document in which arrays become lists, and numbers that are not finite null."""
+    """Write a document as JSON: arrays become lists, and numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_plain(document), indent=1, allow_nan=False))
     return path

@@ -1,7 +1,7 @@
-"""Which rows of a pack's stages are looked at, and what every key is.
+"""Which rows of a pack's stages are looked at, and the kind of every key.
 
-All of it is known to the host before the device sees the pack: content decides *which* tokens of a span are active, but not how many, and
-rows stay in order, so the kind of every active row follows from lengths alone (P4).
+The host knows all of it before the device sees the pack. Content decides *which* tokens of a span are active, but not how many, and rows
+stay in order. So the kind of every active row follows from lengths alone (P4).
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from megavlm.routing.tasks import TASKS
 from megavlm.vocabulary import Vocabulary
 
 KINDS = ("text", "image", "special", "sink")
-"""What a key is. The sink is the first token of its sequence, whatever that is (arXiv 2309.17453)."""
+"""Kinds of keys. The sink is the first token of its sequence, whatever that is (arXiv 2309.17453)."""
 TEXT, IMAGE, SPECIAL, SINK = range(len(KINDS))
 QUERIES = ("text", "image")
-"""What a query is, by its number in `KINDS`; special tokens and the sink are not asked."""
+"""Kinds of queries, numbered as in `KINDS`; queries of special tokens and the sink are left out."""
 NUM_CELLS = len(TASKS) * len(QUERIES)
 """Cells are (task of the sample, kind of query): ``task * len(QUERIES) + kind``."""
 
@@ -35,11 +35,11 @@ class SequenceRows:
     first: int
     """Place of the sequence's first key."""
     end: int
-    """Place behind the last key that a row looked at can see."""
+    """Place behind the last key that any of the rows can see."""
     queries_Q: torch.Tensor
-    """Where the rows stand among the active ones."""
+    """Places of the rows among the active ones."""
     places_Q: torch.Tensor
-    """Where their own keys stand, from ``first``."""
+    """Places of their own keys, counted from ``first``."""
     cells_Q: torch.Tensor
 
 
@@ -52,7 +52,7 @@ class StageRows:
     """Kind of every key, those of injected tokens included."""
     sequences: list[SequenceRows]
     counts_C2: np.ndarray
-    """Per cell how many rows are looked at, and how many of them can see an image token."""
+    """Per cell: the number of rows looked at, and of those that can see an image token."""
 
     def to(self, device: torch.device) -> "StageRows":
         sequences = [
@@ -66,11 +66,11 @@ def sample_rows(pack: Pack, vocabulary: Vocabulary, num_rows: int, num_sequences
     """Draw the rows to look at, for every stage of a pack.
 
     Args:
-        pack: On the host.
+        pack: The pack, on the host.
         vocabulary: Tells text from images by their ids.
         num_rows: Most rows of one kind in one sequence.
         num_sequences: Most sequences of one task.
-        rng: Decides which.
+        rng: Draws them.
     """
     kinds_T = token_kinds(pack.tokens_T.numpy(), vocabulary)
     ends = np.cumsum(np.array(pack.sequences.lengths, np.int64))

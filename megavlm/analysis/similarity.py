@@ -19,13 +19,13 @@ from megavlm.model.backbone import Backbone
 from megavlm.routing.tasks import Task
 
 MAX_POSITIONS = 64
-"""Of an image's codes, evenly spread."""
+"""Code positions per image that are compared, evenly spread."""
 
 
 def linear_cka(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
     """Linear centred kernel alignment of N paired states, 0 to 1: ``|YᵀX|² / (|XᵀX| |YᵀY|)`` with Frobenius norms.
 
-    Does not change under rotation and scaling of either side. For independent states it is about D/N, not 0.
+    Rotation and scaling of either side do not change it. For independent states it is about D/N, not 0.
 
     Args:
         x_ND: States.
@@ -42,10 +42,10 @@ def similarity_by_layer(backbone: Backbone, encoder: Encoder, drawn: Sequence[En
     """CKA after the embedding (1 by construction) and after each layer ``[num_layers + 1]``.
 
     Args:
-        backbone: In this one process.
-        encoder: Of its vocabulary.
+        backbone: The backbone, whole in this one process.
+        encoder: The encoder with its vocabulary.
         drawn: Generation samples; the first drawn image of each counts, and all of them must have the same grid.
-        costing: Of any routing plan.
+        costing: The costing of any routing plan.
         device: Where the backbone is.
     """
     spans = [next(span for span in sample.spans if span.has_loss) for sample in drawn]

@@ -20,7 +20,7 @@ class Subject:
 
     Args:
         run: The run folder, or one checkpoint in it.
-        shards: Held-out shards in megavlm's own format, braces expand; the training's sources if not given.
+        shards: Held-out shards in megavlm's own format, braces expand; by default the training's sources.
         num_packs: Packs to fill with samples.
         overrides: Settings to change, as on the command line.
     """
@@ -37,7 +37,7 @@ class Subject:
 
 
 def build_packs(groups: list[list[EncodedSample]], costing: Costing, num_sources: int) -> list[Pack]:
-    """One pack of each group of samples, always with the same choice by chance."""
+    """One pack per group of samples; random choices are the same every time."""
     return [build_pack(group, costing, num_sources, lane, step=0, seed=0) for lane, group in enumerate(groups)]
 
 
@@ -45,7 +45,7 @@ def first_samples(parts: Parts, num_packs: int) -> list[list[EncodedSample]]:
     """The samples of the first packs of a configuration's only lane.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no sample.
     """
     parts = parts.replaced(data=parts.config.data.model_copy(update={"num_lanes": 1})).with_mixture()
     lane, groups = parts.make_lane(0), []
@@ -60,7 +60,7 @@ def first_samples(parts: Parts, num_packs: int) -> list[list[EncodedSample]]:
 
 
 def _sources_of(shards: str | list[str] | None) -> dict[str, Any]:
-    """Each shard a source of its own, so that tasks alternate although every shard may hold only one; read once."""
+    """Every shard as a source of its own, read once. So tasks alternate, even if every shard holds only one."""
     if shards is None:
         return {}
     urls = expand_shards("held_out", list(shards) if isinstance(shards, tuple) else shards)

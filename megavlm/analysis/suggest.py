@@ -1,8 +1,8 @@
 """A route for a target share of the FLOPs, from what the probe measured.
 
-Candidates for images that are read are `late_drop` and `tread`, for those that are drawn `tread`; of all pairs that meet the target
-the one with the smallest rise of the training's loss is taken. With ``shared`` both tasks get `shared_bypass` with the same block: task-
-specific routes push the tasks onto different parameters (arXiv 2606.01503), and the probe, which trains nothing, cannot see that.
+Candidates are `late_drop` and `tread` for images that are read, `tread` for images that are drawn. Of all pairs that meet the target, the
+one with the smallest rise of the training's loss is taken. With ``shared`` both tasks get `shared_bypass` with the same block. The reason:
+task-specific routes push the tasks onto different parameters (arXiv 2606.01503), and the probe, which trains nothing, cannot see that.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from megavlm.routing.policies import Dense, LateDrop, Policy, SharedBypass, Trea
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A route, and what the probe says of it."""
+    """A route, with its cost and rise as the probe measured them."""
 
     understanding: Policy
     generation: Policy
     flops_share: float
-    """Of the probe's packs, heads included; at most the target."""
+    """Share of the forward FLOPs of the probe's packs, output head included; at most the target."""
     weighted_rise: float
-    """Of the training's loss: the sum of what the two policies cause alone."""
+    """Rise of the training's loss: the sum of the rises that each policy causes alone."""
 
     def recipe(self) -> str:
         """The ``routing`` block of a recipe."""
@@ -34,7 +34,7 @@ class Suggestion:
 
 
 def suggest(probe: Probe, candidates: Sequence[Candidate], flops_share: float, shared: bool = False) -> Suggestion:
-    """The best route that leaves at most a share of the FLOPs.
+    """The best route whose FLOPs are at most a share of the dense ones.
 
     Args:
         probe: Where the candidates come from.
@@ -43,7 +43,7 @@ def suggest(probe: Probe, candidates: Sequence[Candidate], flops_share: float, s
         shared: One block for both tasks.
 
     Raises:
-        MegavlmError: If no pair of candidates saves so much; says what is the least.
+        MegavlmError: If no pair of candidates saves so much; the message names the least share that is possible.
     """
     pairs = sorted(_shared_pairs(candidates) if shared else _pairs(candidates), key=lambda pair: (pair[2], -pair[3]))
     limit = flops_share * probe.dense.dense_flops
@@ -61,7 +61,7 @@ def suggest(probe: Probe, candidates: Sequence[Candidate], flops_share: float, s
 
 
 def _pairs(candidates: Sequence[Candidate]) -> list[tuple[Policy, Policy, float, float]]:
-    """(understanding, generation, rise, saved FLOPs) of every two policies that a recipe can name."""
+    """(understanding, generation, rise, saved FLOPs) of every pair of policies that a recipe can name."""
     dense = (Dense(), 0.0, 0.0)
     read = [dense, *(_choice(c) for c in candidates if c.task == "understanding" and isinstance(c.policy, (LateDrop, Tread)))]
     drawn = [dense, *(_choice(c) for c in candidates if c.task == "generation" and isinstance(c.policy, Tread))]
