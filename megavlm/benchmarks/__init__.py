@@ -1,1 +1,1 @@
-"""The built-in data: real images that ship with scikit-learn, with exact answers and a judge for drawings."""
+"""The built-in benchmarks, each with data, exact answers and a judge for drawings: scanned digits, and scenes of coloured shapes."""

@@ -1,7 +1,7 @@
 """``digits``: 1,797 scanned handwritten digits (Alpaydin & Kaynak 1998; they ship with scikit-learn).
 
-8x8 pixels of 17 grey levels. Every fifth image, by index, is held out. Each image gives one sample per task; which of the phrasings
-it gets is drawn once from a fixed seed.
+8x8 pixels of 17 grey levels. Every fifth image, by index, is held out. Each image gives one sample per task; its phrasing is drawn
+once from a fixed seed.
 """
 
 import io
@@ -46,7 +46,7 @@ HELD_OUT_EVERY = 5
 
 @dataclass(frozen=True)
 class Digits:
-    """Some of the digits: codes ``[N, 8, 8]`` from 0 to 16, and what they show ``[N]``."""
+    """Some of the digits: codes ``[N, 8, 8]`` from 0 to 16, and the digit that each shows ``[N]``."""
 
     codes: np.ndarray
     labels: np.ndarray
@@ -64,7 +64,7 @@ def write(folder: Path) -> dict[str, int]:
     """Write shards of both tasks and splits, and the text model trained on the training text.
 
     Args:
-        folder: Where to; made if it is not there.
+        folder: Folder to write to; made if it does not exist.
 
     Returns:
         Shard → number of its samples.
@@ -123,7 +123,7 @@ def prompts(num_drawings: int) -> tuple[list[str], np.ndarray]:
 
 
 class Judge:
-    """Says what a drawing shows, and how far drawings are from real digits as a distribution.
+    """Recognises the digit in a drawing, and measures how far the distribution of drawings is from that of real digits.
 
     A support vector machine on the pixels of the real training digits. The distance is Fréchet's between Gaussians (as in FID,
     Heusel et al. 2017) on the 20 leading principal components of the training digits.
@@ -137,7 +137,7 @@ class Judge:
         self._train = pixels
 
     def accuracy(self, codes_Nhw: np.ndarray, labels_N: np.ndarray) -> float:
-        """Share of the images that show what they should."""
+        """Share of the images that show the requested digit."""
         return float((self._machine.predict(codes_Nhw.reshape(len(codes_Nhw), -1)) == labels_N).mean())
 
     def accuracy_on_real(self) -> float:
@@ -149,7 +149,7 @@ class Judge:
         return self._distance(codes_Nhw.reshape(len(codes_Nhw), -1))
 
     def distance_of_real(self) -> float:
-        """The same distance for the real training digits: what perfect drawings would get."""
+        """The same distance for the real training digits: the value of perfect drawings."""
         return self._distance(self._train)
 
     def _distance(self, pixels: np.ndarray) -> float:
@@ -159,7 +159,7 @@ class Judge:
 
 
 class DigitsBenchmark:
-    """Digits read and drawn; see `megavlm.evaluation.benchmark.Benchmark`."""
+    """The benchmark of digits that are read and drawn; see `megavlm.evaluation.benchmark.Benchmark`."""
 
     def __init__(self, samples: list[Sample], num_drawings: int, image_tokenizer: ImageTokenizer):
         self.questions = [sample for sample in samples if "answer" in sample.meta]

@@ -7,7 +7,7 @@ shows. The splits:
     train    scenes without held-out compositions
     seen     test scenes like those of training
     test     test scenes, each with at least one held-out composition
-    images   all compositions alike, to train an image tokenizer on: it should be no worse at what the model has never seen
+    images   all compositions alike, to train an image tokenizer on: it should not be worse at compositions that the model has never seen
 
 `see` finds the shapes in an image again, so that a drawing can be judged exactly: is there
 a red circle left of a blue square?
@@ -40,7 +40,7 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 HELD_OUT = {("red", "triangle"), ("green", "cross"), ("blue", "circle"), ("yellow", "square")}
 SPLITS = ("train", "test", "seen", "images")
 CELLS = 3
-"""A shape stands in a cell of a grid of 3 x 3, no two in one."""
+"""Cells on each side of the grid; each shape has a cell of its own."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ Scene = tuple[Shape, ...]
 
 
 def scene(seed: int, split: str, number: int) -> Scene:
-    """The scene of a number; its shapes differ in colour and form from each other."""
+    """The scene with a number; no two of its shapes have the same colour and form."""
     rng = stream(seed, Purpose.SYNTHETIC, SPLITS.index(split), number)
     every = [(color, form) for color in COLORS for form in FORMS]
     usual = [kind for kind in every if kind not in HELD_OUT]
@@ -113,7 +113,7 @@ def render(shapes: Scene, pixels: int) -> np.ndarray:
 def see(image: np.ndarray) -> Scene:
     """The shapes in an image: connected pixels nearest to one colour, and the form that overlaps them most.
 
-    Exact on what `render` draws. Specks below a third of a small shape's area are ignored, as are blots that no form overlaps by half.
+    Exact on images from `render`. Specks below a third of a small shape's area are ignored, as are blots that no form overlaps by half.
     """
     pixels = len(image)
     palette = np.array([*COLORS.values(), (255, 255, 255)], np.float64)
@@ -150,12 +150,12 @@ RELATIONS = {
     "above": lambda a, b: b.y - a.y > 1 / CELLS / 2,
     "below": lambda a, b: a.y - b.y > 1 / CELLS / 2,
 }
-"""Holds where the centres are half a cell apart or more in that direction."""
+"""A relation holds where the centres are more than half a cell apart in its direction."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request and what a drawing of it must show.
+    """A request, and what its drawing must show.
 
     ``shapes`` are (size or "", colour, form) of every shape; ``relation`` is (index, relation, index) or None.
     """
@@ -166,7 +166,7 @@ class Prompt:
 
 
 def prompt(shapes: Scene, rng: np.random.Generator) -> Prompt:
-    """A caption of a scene that names every shape, with a relation where there is one and chance wants it."""
+    """A caption that names every shape of a scene, and at random a relation where there is one."""
     with_size = bool(rng.integers(2))
     wanted = tuple((shape.size if with_size else "", shape.color, shape.form) for shape in shapes)
     names = [f"a {' '.join(part for part in shape if part)}" for shape in wanted]
@@ -232,7 +232,7 @@ def question(shapes: Scene, rng: np.random.Generator) -> tuple[str, str, tuple[s
 
 def record(seed: int, split: str, task: str, number: int) -> tuple[Record, Scene]:
     """The sample of a number for a task."""
-    # scenes of the two tasks are different ones
+    # the two tasks have different scenes
     shapes = scene(seed, split, 2 * number + (task == "generation"))
     rng = stream(seed, Purpose.SYNTHETIC, 2 + SPLITS.index(split), number, int(task == "generation"))
     if task == "understanding":
@@ -247,15 +247,15 @@ def record(seed: int, split: str, task: str, number: int) -> tuple[Record, Scene
 def write(folder: Path, pixels: int, num_train: int, num_test: int, seed: int = 0, samples_per_shard: int = 1000) -> dict[str, int]:
     """Write shards of both tasks and all splits with indexes, and the text model trained on the training text.
 
-    Their names begin with task and split; those for an image tokenizer are ``images-train-…`` and hold drawings with their requests.
+    Their names begin with task and split. Those for an image tokenizer are ``images-train-…``; they hold drawings with their requests.
 
     Args:
-        folder: Where to; made if it is not there.
+        folder: Folder to write to; made if it does not exist.
         pixels: Side of the images, 32 to 256.
-        num_train: Training samples per task, and images for a tokenizer; more of them begin with the same ones.
+        num_train: Training samples per task, and images for a tokenizer. A larger number begins with the same samples.
         num_test: Test samples per task and split.
-        seed: Another seed is other scenes.
-        samples_per_shard: In each shard but the last.
+        seed: Seed of the scenes.
+        samples_per_shard: Samples in each shard but the last.
 
     Returns:
         Shard → number of its samples.

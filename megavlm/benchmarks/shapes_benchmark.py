@@ -1,6 +1,6 @@
-"""``shapes`` as a benchmark: questions, requests, and drawings judged exactly; by split, so that held-out compositions stand apart.
+"""``shapes`` as a benchmark: questions, requests, and drawings judged exactly. Figures are per split, so held-out compositions stand apart.
 
-The tokenizer bounds what drawings can reach: the same judgement of the held-out images, encoded and decoded, is reported as the ceiling.
+The tokenizer limits what drawings can reach. So the same judgement of held-out images, encoded and decoded, is reported as the ceiling.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,16 @@ from megavlm.evaluation.frechet import frechet_distance, mean_and_covariance
 from megavlm.image_tokenizers.protocol import ImageTokenizer
 
 NUM_REAL = 1000
-"""Freshly drawn scenes per split that the distance compares with, and as many that it is known from."""
+"""New scenes per split that the distance compares with; as many others define its principal components."""
 OTHER_SEED = 1 << 20
-"""Of these scenes; data is made with small seeds."""
+"""Seed of these scenes; data is made with small seeds."""
 
 
 class ShapesBenchmark:
-    """Scenes read and drawn; see `megavlm.evaluation.benchmark.Benchmark`. Requests are taken evenly from the splits of the samples."""
+    """The benchmark of scenes that are read and drawn; see `megavlm.evaluation.benchmark.Benchmark`.
+
+    Requests are taken evenly from the splits of the samples.
+    """
 
     def __init__(self, samples: list[Sample], num_drawings: int, image_tokenizer: ImageTokenizer):
         self.questions = [sample for sample in samples if sample.task == "understanding"]
@@ -62,7 +65,7 @@ class ShapesBenchmark:
 
 
 def _judged(images_NHWC: np.ndarray, asked: list[Prompt]) -> dict:
-    """Shares of the images that show all that was asked for, and of it the shapes, and the relation where one was named."""
+    """Shares of the images that show everything requested, that show the shapes, and, where one was named, the relation."""
     verdicts = [satisfies(image, prompt) for image, prompt in zip(images_NHWC, asked)]
     related = [verdict["relation"] for verdict, prompt in zip(verdicts, asked) if prompt.relation]
     numbers = sorted({len(prompt.shapes) for prompt in asked})
@@ -98,7 +101,7 @@ def _real(split: str, pixels: int, first: int) -> np.ndarray:
 
 
 def _flat(images_NHWC: np.ndarray) -> np.ndarray:
-    # half the resolution: what is where in which colour, not how sharp its edges are
+    # half the resolution: it is about places and colours, not about sharp edges
     n, height, width, _ = images_NHWC.shape
     halved = images_NHWC.reshape(n, height // 2, 2, width // 2, 2, 3).mean((2, 4))
     return halved.reshape(n, -1) / 255

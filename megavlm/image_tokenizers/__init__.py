@@ -1,1 +1,1 @@
-"""Images to codes and back: pixels, pretrained VQ models, compressed codes; and how one's own are trained."""
+"""Images to codes and back: pixels, pretrained VQ models, compressed codes; and training of one's own."""

@@ -1,4 +1,4 @@
-"""From the settings to the image tokenizer."""
+"""Builds the image tokenizer from its settings."""
 
 from typing import Annotated
 
@@ -16,7 +16,7 @@ ImageTokenizerConfig = Annotated[PixelTokenizerConfig | VQTokenizerConfig | Comp
 def build_image_tokenizer(
     config: PixelTokenizerConfig | VQTokenizerConfig | CompressedTokenizerConfig, device: str | torch.device = "cpu"
 ) -> ImageTokenizer:
-    """The image tokenizer of a recipe; its weights, if it has any, are read when they are needed."""
+    """Build the image tokenizer of a recipe. Its weights, if it has any, are read when they are first needed."""
     if config.kind == "pixel":
         return PixelTokenizer(config.levels, config.height, config.width)
     if config.kind == "vq":

@@ -4,8 +4,8 @@ An image's codes are one row: the indices of its global tokens, a separator, the
 
     <boi> g0 … g3 <img_sep> c0 … c15 <eoi>
 
-``<img_sep>`` is the last entry of the codebook. It gets an id of its own in the vocabulary's image codes, and everything that handles image
-codes handles it. `barred` keeps the sampler from drawing it elsewhere, or anything else in its place.
+``<img_sep>`` is the last entry of the codebook. It gets an id of its own among the vocabulary's image codes and is treated
+like them. `barred` makes the sampler draw it at its place and nowhere else.
 
 A plug-in is a folder: ``plug_in.json`` (sizes), ``plug_in.safetensors``; `megavlm data compressor` writes it.
 """
@@ -76,7 +76,7 @@ class CompressedTokenizer(ImageTokenizer):
         path: Folder of the plug-in.
         around: The tokenizer that it was trained around.
         device: Where the plug-in runs.
-        expected: The fingerprint that it must have, where it is known; looked at when the weights are read.
+        expected: The fingerprint that it must have, if known; checked when the weights are read.
         reads_features: Images that are read give continuous features instead of codes.
 
     Raises:
@@ -113,7 +113,7 @@ class CompressedTokenizer(ImageTokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when any code could: of the tokenizer inside, and of the plug-in's files."""
+        """SHA-256 over the fingerprint of the tokenizer inside and the plug-in's files; changes whenever a code could."""
         files = (self.path / SETTINGS_FILE, self.path / WEIGHTS_FILE)
         return hashlib.sha256(self.around.fingerprint.encode() + b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -163,14 +163,14 @@ class CompressedTokenizer(ImageTokenizer):
 
     @torch.no_grad()
     def features(self, dense_hw: np.ndarray) -> Features:
-        """What understanding reads: the tokens before they are quantised. The separator keeps its embedding."""
+        """Features that understanding reads: the tokens before quantisation. The separator keeps its embedding."""
         values_PD = self.plug_in.compressor(torch.from_numpy(dense_hw)[None].to(self.device))[0]
         places_P = np.delete(np.arange(self.width), self.settings.num_global)
         return Features(places_P, values_PD.float().cpu().numpy())
 
     @cached_property
     def plug_in(self) -> PlugIn:
-        """Loaded when it is first needed."""
+        """The plug-in, loaded when it is first needed."""
         if self.expected and self.expected != self.fingerprint:
             raise ConfigError(
                 f"vocabulary.image_tokenizer.path: {self.path} is another plug-in than the run began with, or has another tokenizer"
@@ -186,7 +186,7 @@ class CompressedTokenizer(ImageTokenizer):
         return plug_in.to(self.device).eval().requires_grad_(False)
 
     def __getstate__(self):
-        # weights do not travel to loader workers: they are read again where they are needed
+        # weights do not travel to loader workers: each worker reads them again
         return {name: value for name, value in vars(self).items() if name not in ("plug_in", "fingerprint")}
 
     def _batches(self, array: np.ndarray):

@@ -1,14 +1,16 @@
-"""UniCompress (arXiv 2603.11320): a dense map of image codes to a few global tokens and average-pooled ones, around any image tokenizer.
+"""UniCompress (arXiv 2603.11320): turns a dense map of image codes into a few global and average-pooled tokens, around any image tokenizer.
 
     dense codes [h, w] ── embeddings [h, w, D] ─┬─ cross-attention of G learned queries ─▶ G global tokens      [G, D]
                                                 └─ means over factor x factor blocks ───▶ M compressed tokens  [M, D]
 
-Continuous they are what understanding reads. Discrete, each the nearest entry of a codebook, they are what generation predicts; the way
-back is `megavlm.image_tokenizers.decompressor`. Letters: N images, L = h·w dense codes, P = G + M tokens, V dense codes of the
-tokenizer, K entries of the plug-in's own codebook, D width of an embedding, W width inside the plug-in.
+Understanding reads these tokens as they are (continuous). Generation predicts their nearest entries in a codebook (discrete).
+`megavlm.image_tokenizers.decompressor` leads back to dense codes.
 
-Where the method leaves room, this was chosen: one codebook for both kinds of tokens, of the plug-in's own (a mean of embeddings
-lies between the tokenizer's codes, not on them); VQ-VAE's loss for it (arXiv 1711.00937); entries that nothing uses begin anew.
+Letters: N images, L = h·w dense codes of an image, P = G + M tokens, V dense codes of the tokenizer, K entries
+of the plug-in's own codebook, D width of an embedding, W width inside the plug-in.
+
+Where the method leaves room, this was chosen. The plug-in has one codebook of its own for both kinds of tokens, because a mean of
+embeddings lies between the tokenizer's codes. It is trained with VQ-VAE's loss (arXiv 1711.00937). Unused entries restart.
 """
 
 from typing import Annotated, Literal
@@ -22,7 +24,7 @@ from megavlm.settings import Settings
 
 Positive = Annotated[int, Field(gt=0)]
 PLACE_STD = 0.5
-"""Standard deviation that embeddings of places begin with: as large as what is embedded, or attention learns late what is where."""
+"""Initial standard deviation of the embeddings of places: as large as the embedded codes, or attention learns places late."""
 COMMITMENT = 0.25
 """Weight of the pull on features towards their entries, relative to that on entries (arXiv 1711.00937)."""
 
@@ -80,11 +82,11 @@ def pool(dense_NhwD: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 class Compressor(nn.Module):
-    """Dense codes to global and compressed tokens, as features.
+    """Turns dense codes into global and compressed tokens, as features.
 
     Args:
         settings: Sizes.
-        codebook_VD: Embeddings of the tokenizer's codes; without them an embedding is learned.
+        codebook_VD: Embeddings of the tokenizer's codes; None learns an embedding.
     """
 
     def __init__(self, settings: PlugInSettings, codebook_VD: torch.Tensor | None = None):
@@ -115,8 +117,8 @@ class Quantizer(nn.Module):
     """A codebook of K entries; gradients pass through it as if it were not there (arXiv 1308.3432).
 
     Args:
-        num_entries: K.
-        width: D.
+        num_entries: K, the size of the codebook.
+        width: D, the width of an entry.
     """
 
     def __init__(self, num_entries: int, width: int):
@@ -142,7 +144,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def begin_anew(self, x_NPD: torch.Tensor, entries: torch.Tensor) -> None:
-        """Put entries, given by their indices, onto features picked evenly from a batch, with a little noise so that none are equal."""
+        """Move entries, given by their indices, onto features picked evenly from a batch, with a little noise so that no two are equal."""
         x_XD = x_NPD.flatten(0, 1)
         chosen = x_XD[torch.linspace(0, len(x_XD) - 1, len(entries)).long()]
         self.entry_KD[entries] = chosen + 0.01 * x_XD.std() * torch.randn_like(chosen)

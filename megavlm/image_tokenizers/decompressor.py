@@ -1,11 +1,12 @@
-"""From global and compressed tokens back to the dense codes of the tokenizer (UniCompress, arXiv 2603.11320), and the plug-in as a whole.
+"""The decompressor (UniCompress, arXiv 2603.11320): global and compressed tokens back to dense codes; and the plug-in as a whole.
 
-The decompressor is autoregressive in raster order: a small transformer whose every layer looks at the dense codes so far (causal
-self-attention) and at all global and compressed tokens (cross-attention). It is trained with teacher forcing. Letters as in `compress`.
+The decompressor is a small transformer, autoregressive in raster order. Every layer attends to the dense codes so far (causal
+self-attention) and to all global and compressed tokens (cross-attention). It is trained with teacher forcing. Letters are those of
+`megavlm.image_tokenizers.compressor`.
 
-The loss of a position, in our reading of the notes: squared error of a regressed embedding, in units of the embeddings' variance, plus the
-codes' cross-entropy ("codebook consistency"). The codes have a head of their own: a regressed mean of two likely embeddings may lie
-nearest to a third.
+The loss of a position has two terms, in our reading: the squared error of a regressed embedding, in units of the embeddings'
+variance, and the cross-entropy of the code ("codebook consistency"). Codes have a head of their own, because a regressed mean of two likely
+embeddings may lie nearest to a third.
 """
 
 import torch
@@ -22,7 +23,7 @@ class Layer(nn.Module):
     """Self-attention, cross-attention and a two-layer network, each on normed input with a residual.
 
     Args:
-        width: W.
+        width: W, the width of the stream.
         num_heads: Attention heads.
     """
 
@@ -44,7 +45,7 @@ class Layer(nn.Module):
 
         Args:
             x_NlW: The stream: from the first place on, or one place when there is something before.
-            memory: What `of_memory` gives.
+            memory: Keys and values from `of_memory`.
             before: Keys and values of the places before.
         """
         q, k, v = self._heads(self.qkv(self.norm_self(x_NlW)), 3)
@@ -63,7 +64,7 @@ class Layer(nn.Module):
 
 
 class Decompressor(nn.Module):
-    """Tokens and the dense codes so far to the next dense code.
+    """Predicts the next dense code from the tokens and the dense codes so far.
 
     Args:
         settings: Sizes.
@@ -75,7 +76,7 @@ class Decompressor(nn.Module):
         self.into, self.memory_into = nn.Linear(depth, width), nn.Linear(depth, width)
         self.start_D = nn.Parameter(torch.zeros(depth))
         self.place_LW = nn.Parameter(PLACE_STD * torch.randn(settings.num_dense, width))
-        # a compressed token begins at the places of its block: codes find their tokens in fewer steps
+        # a compressed token starts with the places of its block, so that codes find their tokens in fewer steps
         place_1hwW = self.place_LW.detach().view(1, settings.height, settings.width, width)
         globals_GW = PLACE_STD * torch.randn(settings.num_global, width)
         self.memory_place_PW = nn.Parameter(torch.cat([globals_GW, settings.factor * pool(place_1hwW, settings.factor)[0]]))
@@ -84,7 +85,7 @@ class Decompressor(nn.Module):
         self.to_embedding, self.to_code = nn.Linear(width, depth), nn.Linear(width, settings.num_dense_codes)
 
     def forward(self, tokens_NPD: torch.Tensor, dense_NLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """With teacher forcing: regressed embeddings ``[N, L, D]`` and logits ``[N, L, V]`` of every place, from the places before it.
+        """Regressed embeddings ``[N, L, D]`` and logits ``[N, L, V]`` of every place, from the right codes before it (teacher forcing).
 
         Args:
             tokens_NPD: Global and compressed tokens.
@@ -96,7 +97,7 @@ class Decompressor(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens_NPD: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
-        """The most likely dense codes ``[N, L]``, one after another, each from its own before it."""
+        """Dense codes ``[N, L]``, one after another: each is the most likely one after those already restored."""
         memory = self._memory(tokens_NPD)
         x_N1D, cache = self.start_D.expand(len(tokens_NPD), 1, -1), None
         codes: list[torch.Tensor] = []
@@ -107,7 +108,7 @@ class Decompressor(nn.Module):
         return torch.cat(codes, 1)
 
     def _memory(self, tokens_NPD: torch.Tensor) -> list[KeysValues]:
-        """Of each layer."""
+        """Keys and values of the tokens, for each layer."""
         memory_NPW = self.memory_norm(self.memory_into(tokens_NPD) + self.memory_place_PW)
         return [layer.of_memory(memory_NPW) for layer in self.layers]
 
@@ -138,11 +139,11 @@ class PlugIn(nn.Module):
         self.decompressor = Decompressor(settings)
 
     def forward(self, codes_Nhw: torch.Tensor, quantised: bool = True) -> dict[str, torch.Tensor]:
-        """Losses of dense codes, and what was used.
+        """Losses of dense codes, and the features and entries behind them.
 
         Args:
             codes_Nhw: Dense codes.
-            quantised: Restore from entries of the codebook; else from the features themselves, and ``codebook`` is 0.
+            quantised: Restore from entries of the codebook; otherwise from the features themselves, with a ``codebook`` loss of 0.
 
         Returns:
             ``regression``, ``consistency`` and ``codebook`` are scalars to be added up; ``accuracy`` is the share of codes that are the
@@ -155,7 +156,7 @@ class PlugIn(nn.Module):
         codes_NL = codes_Nhw.flatten(1)
         dense_NLD = self.compressor.embedding(codes_NL)
         regressed_NLD, logits_NLV = self.decompressor(tokens_NPD, dense_NLD)
-        # not the learned embedding itself: it would shrink to be regressed easily
+        # not the learned embedding itself: it would shrink, because small targets are easy to regress
         target_NLD = dense_NLD.detach()
         return {
             "regression": (regressed_NLD - target_NLD).square().mean() / target_NLD.var().clamp(min=1e-6),

@@ -1,7 +1,7 @@
-"""Stage 1 of UniCompress: train a plug-in (`megavlm.image_tokenizers.decompressor`) around a tokenizer, which stays as it is.
+"""Stage 1 of UniCompress: train a plug-in (`megavlm.image_tokenizers.decompressor`) around a frozen tokenizer.
 
-At first nothing is quantised; then the codebook is put on features of the last batches, and entries that nothing chose for a while begin
-anew on features of the current batch (random restarts: Jukebox, arXiv 2005.00341), until the last part of the training.
+At first nothing is quantised. Then the codebook is placed on features of the last batches. From then on, entries that nothing chose for a
+while restart on features of the current batch (random restarts: Jukebox, arXiv 2005.00341), until the last part of the training.
 """
 
 import json
@@ -27,23 +27,23 @@ from megavlm.system.pictures import save_grid
 log = logging.getLogger(__name__)
 
 FREE_SHARE, RESTARTS_END = 0.1, 0.8
-"""Nothing is quantised before this share of the steps; no entry begins anew after that one."""
+"""Shares of the steps: nothing is quantised before the first one, and no entry restarts after the second."""
 CHECK_EVERY = 25
-"""Steps in which an entry must be chosen at least once, or begin anew."""
+"""An entry that was not chosen in this many steps restarts."""
 HELD_OUT_EVERY, MAX_HELD_OUT, NUM_SHOWN = 20, 1000, 16
 IMAGES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train."""
+    """Steps and rates of the training."""
 
     steps: int = 2000
     batch_images: int = 64
     learning_rate: float = 1e-3
-    """Its peak; AdamW, linear warm-up over a twentieth, cosine to a hundredth."""
+    """Peak of the learning rate; AdamW, linear warm-up over a twentieth of the steps, cosine to a hundredth."""
     regression_weight: float = 1.0
-    """Of the regression beside the codes' cross-entropy."""
+    """Weight of the regression beside the codes' cross-entropy."""
     max_images: int = 1_000_000
     """Images whose codes are held in memory."""
     seed: int = 0
@@ -60,12 +60,12 @@ def train_plug_in(
 ) -> dict:
     """Train on dense codes and write a folder that `CompressedTokenizer` reads; every 20th image is held out.
 
-    Beside the weights lie ``metrics.json`` (what is returned) and ``reconstructions.png`` (held-out images as their dense codes show
-    them, above what is restored of them).
+    The folder also gets ``metrics.json`` (the returned metrics) and ``reconstructions.png`` (held-out images, decoded from their dense
+    codes, and below them the restored ones).
 
     Args:
-        codes_Nhw: Of all images.
-        tokenizer: The one inside; decodes for the pictures.
+        codes_Nhw: Dense codes of all images.
+        tokenizer: The tokenizer inside; decodes for the pictures.
         codebook_VD: Its embeddings, if it has any.
         settings: Sizes of the plug-in.
         out: Folder to write; must not exist.
@@ -93,10 +93,10 @@ def train_plug_in(
 
 
 def judge(compressed: CompressedTokenizer, dense_Nhw: np.ndarray, picture: Path) -> dict:
-    """What is left of held-out images.
+    """Quality of held-out images after compressing and restoring.
 
     Returns:
-        Share of the dense codes that come back, when each is predicted from the right ones before it and from restored ones; PSNR in dB
+        Share of the dense codes that are restored, each predicted from the right codes before it, and from restored ones; PSNR in dB
         between images decoded from restored and from the original dense codes (None if they are equal, or there is no decoder); share of
         the codebook's entries that are used, and their perplexity.
     """

@@ -1,4 +1,4 @@
-"""What every image tokenizer can do: ``encode(images) -> codes``, ``decode(codes) -> images``, and what the engine asks beside that."""
+"""The protocol of image tokenizers: ``encode(images) -> codes``, ``decode(codes) -> images``, and what the engine needs beside that."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ Side = Annotated[Positive, Field(le=1024)]
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What the model reads at some places of a span instead of the embedding of its codes."""
+    """Features that the model reads at some places of a span, instead of the embeddings of its codes."""
 
     places_R: np.ndarray
     """Places in the span."""
     values_RF: np.ndarray
-    """float32; what a projection of the model makes embeddings of."""
+    """float32; a projection of the model turns them into embeddings."""
 
 
 class ImageTokenizer(Protocol):
@@ -33,11 +33,11 @@ class ImageTokenizer(Protocol):
     width: int
     has_decoder: bool
     feature_width: int
-    """Numbers per token of what the model reads of images; 0 if it reads codes."""
+    """Width of the features that the model reads; 0 if it reads codes."""
 
     @property
     def fingerprint(self) -> str:
-        """Differs between tokenizers that give different codes."""
+        """A text that differs between tokenizers that give different codes."""
         ...
 
     @property
@@ -50,15 +50,15 @@ class ImageTokenizer(Protocol):
         ...
 
     def encode_member(self, name: str, image: np.ndarray, has_loss: bool) -> tuple[np.ndarray, Features | None]:
-        """Codes ``[h, w]`` of an image as shards hold it, and the features that are read in their place, if any.
+        """Codes ``[h, w]`` of an image from a shard, and the features that are read in their place, if any.
 
         Args:
-            name: Of the image in its sample, for errors.
+            name: Name of the image in its sample, for errors.
             image: uint8 pixels ``[H, W, 3]``, or int64 codes ``[h, w]`` made before.
             has_loss: Whether the image is drawn; only images that are read have features.
 
         Raises:
-            DataError: Without a place, if codes do not belong to this tokenizer.
+            DataError: If codes do not belong to this tokenizer. The error names no place; the caller adds it.
         """
         ...
 
@@ -67,7 +67,7 @@ class ImageTokenizer(Protocol):
         ...
 
     def codebook(self) -> torch.Tensor | None:
-        """The embedding of every code as the decoder gets it ``[codebook_size, D]``; None if codes have none."""
+        """The embedding of every code, as the decoder gets it ``[codebook_size, D]``; None if codes have no embeddings."""
         ...
 
     def barred(self) -> np.ndarray:
@@ -75,7 +75,7 @@ class ImageTokenizer(Protocol):
         ...
 
     def to(self, device: torch.device) -> None:
-        """Run there from now on."""
+        """Move the tokenizer to a device."""
         ...
 
 
@@ -83,7 +83,7 @@ def codes_of_member(tokenizer: ImageTokenizer, name: str, image: np.ndarray) -> 
     """Codes ``[h, w]``: uint8 pixels are tokenized; int64 codes, made before, are checked."""
     if image.dtype == np.uint8:
         return tokenizer.encode(image[None])[0]
-    # as unsigned numbers negative ones are the largest
+    # negative codes, read as unsigned, are the largest
     if image.view(np.uint64).max() >= tokenizer.codebook_size:
         raise DataError(
             f"{name} has codes from {image.min()} to {image.max()}, outside the codebook of {tokenizer.codebook_size}",
@@ -93,7 +93,7 @@ def codes_of_member(tokenizer: ImageTokenizer, name: str, image: np.ndarray) -> 
 
 
 class DenseCodes(ImageTokenizer, Protocol):
-    """What most tokenizers have in common: shards hold their own codes, the model reads codes, and any code may stand anywhere."""
+    """The base of most tokenizers: shards hold their own codes, the model reads codes, and any code may stand anywhere."""
 
     feature_width = 0
 
@@ -118,7 +118,7 @@ class GridOnly(DenseCodes):
     """An image tokenizer's grid without its work: all codes are 0. For layouts, which depend on sizes only.
 
     Args:
-        of: The tokenizer. Codes that are in shards keep their own grid, but for a compressed tokenizer, which makes them fewer.
+        of: The tokenizer. Codes from shards keep their own grid, except with a compressed tokenizer, which makes them fewer.
     """
 
     has_decoder = False

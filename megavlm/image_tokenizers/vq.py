@@ -1,11 +1,11 @@
-"""Image tokenizers of pretrained models: the VQ parts of Chameleon, Emu3 and Janus as `transformers` has them, from a local folder.
+"""Image tokenizers of pretrained models, from a local folder: the VQ parts of Chameleon, Emu3 and Janus as in `transformers`.
 
     folder of the VQ model         config.json with its model_type ("janus_vqgan"), safetensors
     folder of the whole model      config.json with "vq_config"; only the tensors below "vqmodel." are read
 
 Sizes come from ``config.json``; weights are read when the first image is encoded or decoded. What differs between the families:
 
-    Chameleon   arXiv 2405.09818: nearest code (Euclidean); `transformers` has no decoder for it, so it reads only
+    Chameleon   arXiv 2405.09818: nearest code (Euclidean); `transformers` has no decoder for it, so it only encodes
     Emu3        arXiv 2409.18869: a video tokenizer; an image is four equal frames
     Janus       arXiv 2410.13848: the tokenizer of LlamaGen (arXiv 2406.06525), whose codes are directions: latent and codes are scaled to
                 length 1 before they are compared (arXiv 2110.04627). `transformers` does so when it decodes, not in its ``encode``
@@ -50,28 +50,28 @@ class VQTokenizerConfig(Settings):
 
 
 BATCH_PIXELS = 1 << 21
-"""Pixels that go through the model at a time (bounds its memory)."""
+"""Most pixels that go through the model at once (bounds its memory)."""
 STRUCTURE = ("resolution", "attn_type", "attn_resolutions", "temporal_downsample_factor", "num_attention_heads")
 FAMILIES = {
     "chameleon": ("ChameleonVQVAE", Image.Resampling.LANCZOS),
     "emu3": ("Emu3VQVAE", Image.Resampling.BICUBIC),
     "janus": ("JanusVQVAE", Image.Resampling.BICUBIC),
 }
-"""Family → class of `transformers`, and the filter that its images are scaled with."""
+"""Family → class of `transformers`, and the filter that scales its images."""
 
 
 class VQTokenizer(DenseCodes):
-    """Images of one size to codes and back. Works in float32, so that codes do not hang on rounding; decodes in bfloat16 on CUDA.
+    """Images of one size to codes and back. Encodes in float32, so that codes do not depend on rounding; decodes in bfloat16 on CUDA.
 
     Args:
         path: Folder of a VQ model, or of the whole model around it.
         height: Rows of codes.
         width: Columns of codes.
         device: Where the model runs.
-        expected: The fingerprint that the folder must have, where it is known; looked at when the weights are read.
+        expected: The fingerprint that the folder must have, if known; checked when the weights are read.
 
     Raises:
-        ConfigError: If the folder is missing, or is not one of a VQ model.
+        ConfigError: If the folder is missing, or holds no VQ model.
     """
 
     def __init__(self, path: str | Path, height: int, width: int, device: str | torch.device = "cpu", expected: str | None = None):
@@ -94,7 +94,7 @@ class VQTokenizer(DenseCodes):
     def encode(self, images: Collection[np.ndarray]) -> np.ndarray:
         """uint8 RGB images ``[H, W, 3]`` of any sizes to codes ``[N, height, width]``.
 
-        They are scaled to cover the tokenizer's size, and what stands out is cut off on both sides alike.
+        Images are scaled to cover the tokenizer's size, and cut evenly on both sides.
         """
         prepared_NHWC = np.stack([self.fit(image) for image in images])
         return np.concatenate([self._encode(batch).cpu().numpy() for batch in self._batches(prepared_NHWC)])
@@ -131,11 +131,11 @@ class VQTokenizer(DenseCodes):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when any code could: SHA-256 of the VQ model's settings and weights."""
+        """SHA-256 of the VQ model's settings and weights; changes whenever a code could."""
         return hashlib.sha256(json.dumps([self.family, *map(list, self._scale), self._weights_hash()]).encode()).hexdigest()
 
     def _weights_hash(self) -> str:
-        # what the names and shapes of the tensors do not say
+        # settings that the names and shapes of the tensors do not show
         structure = [str(getattr(self.config, name, None)) for name in STRUCTURE]
         digest = hashlib.sha256(json.dumps(structure).encode())
         for name, tensor in sorted(read_vq_weights(self.path).items()):
@@ -144,7 +144,7 @@ class VQTokenizer(DenseCodes):
         return digest.hexdigest()
 
     def __getstate__(self):
-        # weights and what was made of them do not travel to loader workers: they are read again where they are needed
+        # weights, and what was computed from them, do not travel to loader workers: each worker reads them again
         return {name: value for name, value in vars(self).items() if name not in ("_model", "_decoder", "fingerprint")}
 
     @cached_property
@@ -218,7 +218,7 @@ class VQTokenizer(DenseCodes):
 
 
 def latents(model: Any, x_NCHW: torch.Tensor) -> torch.Tensor:
-    """Directions that a Janus model gives images ``[N, C, h, w]``, each of length 1."""
+    """Latents of a Janus model for images, as directions ``[N, C, h, w]``, each of length 1."""
     return functional.normalize(model.quant_conv(model.encoder(x_NCHW)), dim=1)
 
 
@@ -228,7 +228,7 @@ def nearest_direction(z_NChw: torch.Tensor, codebook_VC: torch.Tensor) -> torch.
 
 
 def reconstruct(model: Any, z_NChw: torch.Tensor) -> torch.Tensor:
-    """What a Janus model makes of quantised latents: images in its own range and channels."""
+    """Images that a Janus model decodes from quantised latents, in its own range and channels."""
     return model.decoder(model.post_quant_conv(z_NChw))
 
 
@@ -236,7 +236,7 @@ def read_vq_config(path: Path) -> tuple[str, transformers.PreTrainedConfig]:
     """Family and configuration of the VQ model in a folder; reads no weights.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If the folder holds no VQ model.
     """
     if not (path / "config.json").is_file():
         raise ConfigError(
@@ -255,7 +255,7 @@ def read_vq_config(path: Path) -> tuple[str, transformers.PreTrainedConfig]:
 
 
 def read_vq_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The VQ model's tensors of a folder: those below ``vqmodel.``, or all of them where no name has it."""
+    """The tensors of the VQ model in a folder: those below ``vqmodel.``, or all if no name starts so."""
     places = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:

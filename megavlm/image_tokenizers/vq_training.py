@@ -6,9 +6,9 @@ adversarial losses::
     x ── encoder ──▶ z, scaled to length 1 ── nearest code q ──▶ decoder ──▶ x'
     loss = |x - x'| + (x - x')² + 0.25 (z - stop(q))²              the gradient of q goes straight through to z
 
-Codes are directions (arXiv 2110.04627) and follow the moving average of the latents that chose them (appendix A.1 of the VQ-VAE). A code that
-is chosen less often than once in a while is dead, and is put on a latent of the current batch drawn at random (random restarts: Jukebox,
-arXiv 2005.00341; by a threshold on the moving average: SoundStream, arXiv 2107.03312).
+Codes are directions (arXiv 2110.04627). They follow the moving average of the latents that chose them (appendix A.1 of the VQ-VAE). A
+code that is chosen too rarely is dead, and moves to a latent of the current batch drawn at random (random restarts: Jukebox, arXiv
+2005.00341; a threshold on the moving average: SoundStream, arXiv 2107.03312).
 """
 
 import json
@@ -39,21 +39,21 @@ log = logging.getLogger(__name__)
 
 COMMITMENT = 0.25
 FREE_SHARE = 0.1
-"""Over this first share of the steps nothing is quantised: codes put on the latents of an untrained encoder would all be alike."""
+"""In this first share of the steps nothing is quantised: codes placed on the latents of an untrained encoder would all be alike."""
 KMEANS_BATCHES = 16
-"""The last so many batches of that time are what the first codes are made of."""
+"""The first codes are made from the last so many batches of that time."""
 DECAY = 0.98
-"""Of the codebook's moving averages, per step."""
+"""Decay of the codebook's moving averages, per step."""
 DEAD_BELOW = 0.1
-"""A code is dead when it was chosen, on average, less often than this share of an even use."""
+"""A code is dead when its average use is below this share of an even use."""
 RESTARTS_END = 0.8
-"""No code is put elsewhere after this share of the steps: the decoder learns the final ones."""
+"""After this share of the steps dead codes stay where they are, so that the decoder learns the final ones."""
 HELD_OUT_EVERY, MAX_HELD_OUT = 20, 1000
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train, and how."""
+    """Sizes and steps of the training."""
 
     codebook_size: int = 512
     height: int = 8
@@ -66,16 +66,16 @@ class Plan:
     batch_images: int = 32
     learning_rate: float = 1e-3
     channels: int = 64
-    """At the finest levels, a multiple of 32; twice as many from the third on."""
+    """Channels at the finest levels, a multiple of 32; twice as many from the third level on."""
     max_images: int = 50_000
-    """Images that are read; they are held in memory."""
+    """Most images to read; they are held in memory."""
     seed: int = 0
 
     def model_config(self) -> JanusVQVAEConfig:
-        """Pixels enter as patches of 2 x 2; every level halves the grid once more.
+        """The model's configuration: pixels enter as patches of 2 x 2, and every level halves the grid once more.
 
         Raises:
-            MegavlmError: If the sizes do not fit each other.
+            MegavlmError: If the sizes do not fit together.
         """
         factor = self.pixels // self.height
         if self.pixels % self.height or factor < 2 or factor & (factor - 1):
@@ -102,7 +102,8 @@ class Plan:
 def train_tokenizer(images: Iterable[np.ndarray], out: Path, plan: Plan, device: str = "cpu") -> dict:
     """Train on images and write a folder that `VQTokenizer` reads.
 
-    Beside the weights lie ``metrics.json`` (what is returned) and ``reconstructions.png`` (held-out images above what is left of them).
+    The folder also gets ``metrics.json`` (the returned metrics) and ``reconstructions.png`` (held-out images, and below them their
+    reconstructions).
 
     Args:
         images: uint8 RGB ``[H, W, 3]``, of any sizes.
@@ -111,12 +112,12 @@ def train_tokenizer(images: Iterable[np.ndarray], out: Path, plan: Plan, device:
         device: Where to train.
 
     Returns:
-        Of held-out images, every 20th: peak signal-to-noise ratio in dB, share of the codes used, perplexity of the codes.
+        Metrics of the held-out images (every 20th): peak signal-to-noise ratio in dB, share of the codes used, perplexity of the codes.
     """
     if out.exists():
         raise MegavlmError(f"{out} exists already\n  do:    name another folder, or remove it")
     config = plan.model_config()
-    # an untrained folder knows how images are cut to size
+    # a folder without training is enough to cut images to size
     images_NHWC = _fitted(images, plan)
     held_out = np.arange(len(images_NHWC)) % HELD_OUT_EVERY == 0
     begin = time.perf_counter()
@@ -144,25 +145,25 @@ def train_tokenizer(images: Iterable[np.ndarray], out: Path, plan: Plan, device:
 
 
 def reconstruction_metrics(images_NHWC: np.ndarray, decoded_NHWC: np.ndarray) -> dict[str, float]:
-    """Peak signal-to-noise ratio in dB, mean over images; an exact image counts as one whose squared error is 1/12."""
+    """Peak signal-to-noise ratio in dB, mean over images. An exact image counts with a squared error of 1/12."""
     error_N = ((images_NHWC.astype(np.float64) - decoded_NHWC) ** 2).mean((1, 2, 3)).clip(1 / 12)
     return {"psnr_db": round(float((10 * np.log10(255**2 / error_N)).mean()), 2)}
 
 
 def codebook_metrics(codes: np.ndarray, codebook_size: int) -> dict[str, float]:
-    """Share of the codes that occur, and the perplexity: how many codes, evenly used, would be as hard to guess."""
+    """Share of the codes that occur, and their perplexity: how many evenly used codes would be as hard to guess."""
     share_V = np.bincount(codes.reshape(-1), minlength=codebook_size) / codes.size
     entropy = -(share_V[share_V > 0] * np.log(share_V[share_V > 0])).sum()
     return {"codes_used": round(float((share_V > 0).mean()), 4), "perplexity": round(float(np.exp(entropy)), 1)}
 
 
 class Codebook:
-    """Codes that follow the latents which choose them.
+    """A codebook whose codes follow the latents that choose them.
 
     Args:
-        weight_VC: The model's codebook, is written to.
-        z_MC: Latents to begin with: the first codes are their cluster centres.
-        seed: Of the clusters and the random restarts.
+        weight_VC: The model's codebook; written to.
+        z_MC: First latents; the first codes are their cluster centres.
+        seed: Seed of the clusters and the random restarts.
     """
 
     def __init__(self, weight_VC: torch.Tensor, z_MC: torch.Tensor, seed: int):
@@ -174,7 +175,7 @@ class Codebook:
 
     @torch.no_grad()
     def update(self, z_MC: torch.Tensor, codes_M: torch.Tensor, restart: bool) -> int:
-        """Move codes towards their latents; with ``restart`` revive the dead ones. Returns how many were revived."""
+        """Move codes towards their latents; with ``restart`` also revive dead ones. Returns how many were revived."""
         num_codes = len(self.weight_VC)
         # counts in units of an even use
         chosen_V = torch.bincount(codes_M, minlength=num_codes) * (num_codes / len(codes_M))
@@ -236,7 +237,7 @@ def _train(images_NHWC: np.ndarray, config: JanusVQVAEConfig, plan: Plan, device
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Linear warm-up over a twentieth, then a cosine to a hundredth."""
+    """Factor of the learning rate: linear warm-up over a twentieth of the steps, then a cosine to a hundredth."""
     warm = min(1.0, (step + 1) / max(1, steps // 20))
     return warm * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 

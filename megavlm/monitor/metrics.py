@@ -1,4 +1,4 @@
-"""Meters of the last few steps, summed on each rank and over ranks only when they are reported."""
+"""Meters of the last few steps, summed on each rank. They are summed over ranks only when they are reported."""
 
 import time
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ TOTALS = ("tokens", "samples", "executed_flops", "seconds", "cpu_seconds", *(f"l
 
 
 class Meters:
-    """Everything between two reports.
+    """The sums between two reports.
 
     Args:
         world: The processes.
@@ -72,17 +72,17 @@ class Meters:
         self.data_wait_s += data_wait_s
 
     def state(self) -> dict:
-        """This rank's share of what a checkpoint must hold."""
+        """This rank's part of the counters, for the checkpoint."""
         seconds = time.perf_counter() - self.begin_s
         return {"sums": np.concatenate(self._parts()).tolist(), "num_steps": self.num_steps, "seconds": seconds}
 
     def load_state(self, states: list[dict], totals: dict[str, float]) -> None:
-        """Go on counting where the ranks of an earlier session stopped; rank 0 takes over the counts of all of them."""
+        """Continue the counters of the ranks of an earlier session; rank 0 takes over those of all ranks."""
         self.totals |= totals
         first = states[0]
         sums = np.sum([state["sums"] for state in states], axis=0)
         here = self._parts()
-        if len(sums) != sum(map(len, here)):  # another policy has other stages: begin anew
+        if len(sums) != sum(map(len, here)):  # another policy has other stages: count from 0
             return
         self.num_steps, self.begin_s = first["num_steps"], time.perf_counter() - first["seconds"]
         if not self.world.is_main:
@@ -104,7 +104,7 @@ class Meters:
         """TensorBoard tag → value over all ranks since the last report. Called by all ranks together."""
         seconds = time.perf_counter() - self.begin_s
         parts = self._parts()
-        # one gather for all: the largest rank's cost is needed as well as the sums
+        # one gather for everything: the largest cost of a rank is needed beside the sums
         ranks = np.stack(self.world.gather(np.concatenate(parts)))
         ends = np.cumsum([len(part) for part in parts])
         flops_of_ranks = ranks[:, ends[3] : ends[4]].sum(1)

@@ -1,13 +1,13 @@
 """Which rank is slow, and why: its packs, its data, or its hardware.
 
 Under ZeRO-3 all ranks wait for each other at every layer, so the time of a step is the same everywhere and says
-nothing about a rank. What does:
+nothing about a rank. These figures do:
 
-    planned   FLOPs of the rank's packs, relative to the mean of all ranks: unequal packs
-    data      share of the time that the rank waited for its own loader: slow storage, too few workers
+    planned   FLOPs of the rank's packs, relative to the mean of all ranks: shows unequal packs
+    data      share of the time that the rank waited for its own loader: shows slow storage, too few workers
     compute   CPU time of forward and backward per planned FLOP, relative to the median (on CPU only: a thread that waits for
               another rank uses none)
-    probe     time of a fixed small matrix product, relative to the median: throttled or shared hardware
+    probe     time of a fixed small matrix product, relative to the median: shows throttled or shared hardware
 """
 
 import os
@@ -33,12 +33,12 @@ class RankTimes:
     planned_flops: float
     data_wait_s: float
     compute_s: float
-    """0 on CUDA, where it cannot be told from waiting."""
+    """0 on CUDA, where work cannot be told from waiting."""
     probe_s: float
 
 
 class Stragglers:
-    """Collects one rank's times. ``report`` is called by all ranks together.
+    """Collects the times of one rank. All ranks call ``report`` together.
 
     Args:
         world: The processes.
@@ -99,11 +99,11 @@ class Stragglers:
 
 
 def judge(ranks: list[RankTimes], seconds: float) -> tuple[list[str], list[str]]:
-    """The table as lines of text, and a remark for every rank that holds up the others.
+    """The table as lines of text, and a remark for every rank that slows down the others.
 
     Args:
-        ranks: In order of rank.
-        seconds: Between two reports.
+        ranks: Measurements, in order of rank.
+        seconds: Time between the two reports.
     """
     planned = _relative([rank.planned_flops for rank in ranks], np.mean)
     compute = _relative([rank.compute_s / max(rank.planned_flops, 1.0) for rank in ranks], np.median)
@@ -114,7 +114,7 @@ def judge(ranks: list[RankTimes], seconds: float) -> tuple[list[str], list[str]]
         reasons = []
         if planned[number] > HEAVY_PACKS:
             reasons.append("heavy packs")
-        # all ranks may wait for data alike; the one that waits more than the others holds them up
+        # all ranks may wait for data equally; the one that waits longer than the others slows them down
         if waits[number] > SLOW_DATA_SHARE and waits[number] > 2 * np.median(waits):
             reasons.append("slow data")
         if max(compute[number], probe[number]) > SLOW_COMPUTE:

@@ -1,4 +1,4 @@
-"""Drawings on the way: the recipe's prompts, every so many steps, in TensorBoard and ``RUN/samples/``."""
+"""Drawings during training: the recipe's prompts, every so many steps, in TensorBoard and ``RUN/samples/``."""
 
 import numpy as np
 

@@ -31,7 +31,7 @@ class Instruments(Observer):
         self.seed = training.parts.config.seed
 
     def before_step(self, step: StepView) -> None:
-        """Log how the gradients of the step's tasks lie to each other."""
+        """Log how the gradients of the step's tasks agree."""
         if not _is_due(step.number, self.config.geometry_every_steps):
             return
         factors = factors_of_tasks(step.factor_G, step.labels_t.cpu().numpy())
@@ -63,7 +63,7 @@ class Instruments(Observer):
                     self._log(f"attention_{task}_{query}/{statistic}/layer_{layer:02d}", value, num_steps)
 
     def _log(self, tag: str, value: float, step: int) -> None:
-        if math.isfinite(value):  # or there was nothing to be seen in this layer
+        if math.isfinite(value):  # NaN where no row of this layer was looked at
             self.board.scalars({tag: value}, step)
 
 

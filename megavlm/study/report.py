@@ -11,7 +11,7 @@ from megavlm.study.spec import DENSE, JOINT, Metric
 from megavlm.study.statistics import ENOUGH_SEEDS, Interval, bootstrap, chance_of_agreement, gain, retained
 
 TIME = "cpu_seconds"
-"""On a shared machine the clock says what else ran. On GPUs `seconds`."""
+"""CPU time, because on a shared machine the clock also counts what else runs. On GPUs use `seconds`."""
 
 
 def write_report(results: Results, command: str) -> Path:
@@ -42,8 +42,8 @@ def write_report(results: Results, command: str) -> Path:
             ["policy", "task", "metric", "alone", "joint", "synergy", "retained of dense"],
             [row for policy in summary["policies"] for row in _synergy_rows(summary, policy)],
         ),
-        "Synergy is signed so that positive is a gain. Alone is under the same policy. *Retained* is a share of the dense synergy, and is left"
-        " out where the seeds do not agree that dense training has any.",
+        "Synergy is signed so that positive is a gain. Alone is under the same policy. *Retained* is a share of the dense synergy. It is"
+        " left out where the seeds do not agree that dense training has any.",
         "## Every run",
         _table(["run", *_metric_names(summary), "labelled tokens", "PFLOPs", "CPU min"], _run_rows(results)),
     ])  # fmt: skip
@@ -56,8 +56,8 @@ def _about_intervals(num_seeds: int) -> str:
     if num_seeds >= ENOUGH_SEEDS:
         return "Intervals are 95% percentiles of the bootstrap over seeds."
     return (
-        f"Intervals are the whole range of the bootstrap over {num_seeds} seeds, which are too few for its percentiles: a difference is"
-        f" claimed where all seeds agree on its sign. Chance alone makes them agree in {chance_of_agreement(num_seeds):.0%} of cases, so a"
+        f"Intervals are the whole range of the bootstrap over {num_seeds} seeds, which are too few for its percentiles. A difference is"
+        f" claimed where all seeds agree on its sign. By chance alone they agree in {chance_of_agreement(num_seeds):.0%} of cases, so a"
         " single claim is weak."
     )
 
@@ -91,7 +91,7 @@ def summarize(results: Results) -> dict[str, Any]:
 
 
 def statements(summary: dict[str, Any]) -> list[str]:
-    """Only what the intervals allow."""
+    """Claims, only as far as the intervals allow them."""
     if summary["num_seeds"] < 3:
         return [f"With {summary['num_seeds']} complete seeds nothing is claimed; three are the least."]
     lines = []

@@ -1,4 +1,4 @@
-"""From the folders of a study's runs to a table of numbers per (policy, data, seed)."""
+"""Reads the runs of a study into a table of numbers per (policy, data, seed)."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from megavlm.study.spec import JOINT, Arm, Metric, StudyConfig
 
 @dataclass
 class Results:
-    """What the judged arms of a study have given."""
+    """The numbers of the judged arms of a study."""
 
     study: StudyConfig
     runs: dict[tuple[str, str, int], dict[str, Any]]
@@ -22,7 +22,7 @@ class Results:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of which every arm is judged: only they are compared."""
+        """The seeds whose arms are all judged; only these are compared."""
         wanted = [(policy, data) for policy in self.study.policies for data in (JOINT, *self.study.tasks)]
         return [seed for seed in self.study.seeds if all((*arm, seed) in self.runs for arm in wanted)]
 
@@ -37,7 +37,7 @@ class Results:
 
 
 def collect(study: StudyConfig, arms: list[Arm]) -> Results:
-    """Read what is there; unfinished arms are left out."""
+    """Read the judged arms; unfinished ones are left out."""
     runs = {}
     for arm in filter(is_judged, arms):
         folder = RunFolder(arm.folder)

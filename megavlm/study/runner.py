@@ -1,4 +1,4 @@
-"""Trains and judges the arms of a study, one after another or a few at a time; what is done already is not done again."""
+"""Trains and judges the arms of a study, one after another or a few at a time. Arms that are done are not repeated."""
 
 import json
 import os
@@ -33,15 +33,15 @@ def is_judged(arm: Arm) -> bool:
 
 
 def run_arms(arms: list[Arm], parallel: int, processes: int) -> None:
-    """Train and judge what is unfinished.
+    """Train and judge the unfinished arms.
 
     Args:
-        arms: Of the study.
-        parallel: Arms at a time. They share the cores.
-        processes: Of each arm's training.
+        arms: The arms of the study.
+        parallel: Arms that run at the same time; they share the cores.
+        processes: Training processes per arm.
 
     Raises:
-        MegavlmError: If an arm fails; the others are finished first. If a folder holds a run with other settings.
+        MegavlmError: If an arm fails, after the others have finished. If a folder holds a run with other settings.
     """
     _refuse_other_settings(arms)
     todo = [arm for arm in arms if not is_judged(arm)]
@@ -62,7 +62,7 @@ def run_arms(arms: list[Arm], parallel: int, processes: int) -> None:
 
 
 def _refuse_other_settings(arms: list[Arm]) -> None:
-    """A run of an earlier version of the study is not taken for one of this."""
+    """Refuse runs of an earlier version of the study."""
     for arm in arms:
         recipe = arm.folder / "recipe.yaml"
         if recipe.is_file() and load_config(str(recipe)) != arm.config:
@@ -73,7 +73,7 @@ def _refuse_other_settings(arms: list[Arm]) -> None:
 
 
 def _run(arm: Arm, processes: int, threads: int) -> str:
-    """Returns what went wrong, or nothing."""
+    """Train and judge one arm. Returns what went wrong, or an empty string."""
     arm.folder.mkdir(parents=True, exist_ok=True)
     recipe = arm.folder / "recipe.yaml"
     save_config(arm.config, recipe)

@@ -1,8 +1,8 @@
 """What a study compares: a YAML file becomes a list of arms, each a recipe with a few settings changed.
 
-The arms are {one task alone, for each task; all together} x policies x seeds. An arm with one task keeps that task's route only;
-where two policies then agree they share the arm. An arm with one task has fewer and smaller packs per step, so that in every step it
-sees as many tokens of its task as the joint arm does, with the same number of steps.
+The arms are {each task alone, all tasks together} x policies x seeds. An arm with one task keeps the route of that task only; policies
+that then agree share the arm. An arm with one task has fewer and smaller packs per step: in every step it sees as many tokens of its
+task as the joint arm, over the same number of steps.
 """
 
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def load_study(name: str, overrides: dict[str, Any] | None = None) -> StudyConfi
 
     Args:
         name: Path of a YAML file, or the name of one that ships with megavlm.
-        overrides: Of the study's own settings, such as ``seeds`` or ``study_dir``.
+        overrides: Changes of the study's own settings, such as ``seeds`` or ``study_dir``.
 
     Raises:
         ConfigError: With every mistake.
@@ -141,7 +141,7 @@ def _configure(study: StudyConfig, policy: dict[str, Any], data: Data, seed: int
     routing, evaluation = joint.routing, joint.evaluation
     routing = routing.model_copy(update={task: Dense() for task in study.tasks if task != data})
     if routing.understanding == routing.generation == Dense():
-        # nothing is left of the policy: this is the dense arm
+        # the policy has no route left: this is the dense arm
         routing, evaluation = RoutingConfig(), evaluation.model_copy(update={"route": "dense"})
     update = {"data": joint.data.model_copy(update=data_part), "routing": routing, "evaluation": evaluation}
     return joint.model_copy(update=update)

@@ -7,7 +7,7 @@ import numpy as np
 
 LEVEL = 0.95
 ENOUGH_SEEDS = 6
-"""With fewer, percentiles of the bootstrap are too narrow, and its whole range is taken: that of the seeds themselves."""
+"""With fewer seeds the percentiles of the bootstrap are too narrow. The whole range is taken instead, which is that of the seeds."""
 MAX_RESAMPLES = 20_000
 
 
@@ -27,12 +27,12 @@ def bootstrap(statistic, *samples: np.ndarray) -> Interval:
     """The percentile interval of a statistic of paired samples, resampling seeds.
 
     Args:
-        statistic: Of as many arrays ``[num_seeds]`` as there are samples.
-        samples: Values per seed; the same seeds are drawn in all of them.
+        statistic: A function of as many arrays ``[num_seeds]`` as there are samples.
+        samples: Values per seed; a resample draws the same seeds from all of them.
 
-    Every resample of few seeds is enumerated (3 seeds have 27), more than `MAX_RESAMPLES` are drawn. With fewer than `ENOUGH_SEEDS` the
-    interval is the whole range of the resamples. It leaves out 0 where all seeds have the same sign, which chance alone does in
-    `chance_of_agreement` of cases.
+    With few seeds every resample is enumerated (3 seeds have 27); where there are more than `MAX_RESAMPLES`, that many are drawn.
+    With fewer than `ENOUGH_SEEDS` the interval is the whole range of the resamples. It leaves out 0 where all seeds have the same
+    sign; that happens by chance in `chance_of_agreement` of cases.
     """
     num = len(samples[0])
     if num**num <= MAX_RESAMPLES:
@@ -46,17 +46,17 @@ def bootstrap(statistic, *samples: np.ndarray) -> Interval:
 
 
 def chance_of_agreement(num_seeds: int) -> float:
-    """How often the differences of all seeds have the same sign if there is nothing but chance."""
+    """The probability that the differences of all seeds have the same sign by chance alone."""
     return 2.0 ** (1 - num_seeds)
 
 
 def gain(joint: np.ndarray, single: np.ndarray) -> Interval:
-    """Synergy of a task: what joint training has over training it alone, per seed and then averaged. Higher is better."""
+    """Synergy of a task: joint training minus training it alone, per seed and then averaged. Higher is better."""
     return bootstrap(lambda j, s: (j - s).mean(), joint, single)
 
 
 def retained(joint: np.ndarray, single: np.ndarray, dense_joint: np.ndarray, dense_single: np.ndarray) -> Interval:
-    """A policy's synergy as a share of dense training's. Says something only where the dense synergy's interval leaves out 0."""
+    """A policy's synergy as a share of dense training's. Meaningful only where the interval of the dense synergy leaves out 0."""
     return bootstrap(
         lambda j, s, dj, ds: (j - s).mean() / d if (d := (dj - ds).mean()) else np.nan, joint, single, dense_joint, dense_single
     )
