@@ -13,6 +13,7 @@ from megavlm.errors import ConfigError
 from megavlm.evaluation.evaluate import evaluate
 from megavlm.image_tokenizers.vq import VQTokenizer
 from megavlm.image_tokenizers.vq_training import Plan, train_tokenizer
+from megavlm.parts.trained import load_trained
 from tests.conftest import TINY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import train
@@ -42,10 +43,12 @@ def test_report_by_split_kind_and_number_of_shapes(data, tmp_path):
         "evaluation.shards": f"{data}/codes/{{understanding,generation}}-{{seen,test}}-0000.tar",
         "evaluation.num_drawings": 40,
         "optimizer.num_steps": 1,
+        "optimizer.warmup_steps": 1,
         "checkpoint.every_steps": 1,
     }
     run_ranks(1, train, load_config("shapes", TINY | settings), 1)
-    found = evaluate(tmp_path / "run")
+    model, _ = load_trained(tmp_path / "run")
+    found = evaluate(model)
     assert found == json.loads((tmp_path / "run" / "evaluation.json").read_text())
     # the paths that a study reads, as for digits
     numbers = (

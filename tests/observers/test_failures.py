@@ -30,7 +30,9 @@ def test_whatever_fails_beside_training_the_run_goes_on_as_if_nothing_had_been(m
 
 
 def test_prompts_of_any_text_are_drawn(make_config, tmp_path):
-    config = make_config({"optimizer.num_steps": 1, "monitor.sample_every_steps": 1, "monitor.sample_prompts": PROMPTS})
+    config = make_config(
+        {"optimizer.num_steps": 1, "optimizer.warmup_steps": 1, "monitor.sample_every_steps": 1, "monitor.sample_prompts": PROMPTS}
+    )
     (result,) = run_ranks(1, run_with, {"run": (config, "")})
     assert "could not be written" not in result["run"]["log"] and "failed" not in result["run"]["log"]
     assert Image.open(tmp_path / "run" / "samples" / "step-00000001.png")

@@ -93,7 +93,7 @@ def test_a_study_from_nothing_and_again(make_study, tmp_path, monkeypatch, capsy
     assert report["policies"]["dense"]["flops_share"]["value"] == 1.0
     # trained and judged once, although the study was given twice
     assert (folder / "runs" / "dense-joint-0" / "study.log").read_text().count("megavlm train") == 1
-    make_study(policies={"dense": {}}, seeds=[0], overrides=study.overrides | {"optimizer.num_steps": 1})
+    make_study(policies={"dense": {}}, seeds=[0], overrides=study.overrides | {"optimizer.num_steps": 1, "optimizer.warmup_steps": 1})
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "was begun with other settings" in capsys.readouterr().err
