@@ -11,6 +11,9 @@ import numpy as np
 BACKWARD_FACTOR = 2
 """The backward pass multiplies by each matrix twice: once for the inputs' gradient, once for the weights'."""
 
+PLAIN_MLP = ("apertus", "arcee", "jais2", "starcoder2")
+"""Families whose MLP has no gate; megavlm.model.proof counts the weights of all others too."""
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -23,10 +26,12 @@ class ModelShape:
     head_width: int
     mlp_width: int
     vocabulary_size: int
+    mlp_matrices: int = 3
+    """A gated MLP has three, a plain one two."""
 
     @classmethod
     def of(cls, config) -> "ModelShape":
-        """Read from a `transformers` text configuration with a gated MLP (Llama, Qwen, Mistral, Gemma)."""
+        """Read from a `transformers` text configuration."""
         return cls(
             width=config.hidden_size,
             num_layers=config.num_hidden_layers,
@@ -35,6 +40,7 @@ class ModelShape:
             head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             mlp_width=config.intermediate_size,
             vocabulary_size=config.vocab_size,
+            mlp_matrices=2 if config.model_type in PLAIN_MLP else 3,
         )
 
     @property
@@ -42,7 +48,7 @@ class ModelShape:
         """``a``: forward FLOPs of one layer per token, attention scores excluded."""
         query_and_output = 2 * self.num_heads * self.head_width
         key_and_value = 2 * self.num_kv_heads * self.head_width
-        return 2 * self.width * (query_and_output + key_and_value + 3 * self.mlp_width)
+        return 2 * self.width * (query_and_output + key_and_value + self.mlp_matrices * self.mlp_width)
 
     @property
     def layer_flops_per_square(self) -> int:

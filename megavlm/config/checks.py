@@ -20,6 +20,8 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _routing(config)
     yield from _data(config)
     yield from _best(config)
+    if reason := config.model.outside_window(config.data.pack_tokens):
+        yield "model.architecture", reason
     weights = config.loss.task_weights
     if not any(weights.get(task, 1.0) for task in TASKS):
         yield "loss.task_weights", "all are 0, so there is nothing to learn; give one task a weight"

@@ -5,7 +5,7 @@ from megavlm.engine.guard import FaultConfig
 from megavlm.engine.schedule import OptimizerConfig
 from megavlm.engine.zero import EngineConfig
 from megavlm.evaluation.trained import EvaluationConfig
-from megavlm.model.backbone import ModelConfig
+from megavlm.model.architecture import ModelConfig
 from megavlm.model.loss import LossConfig
 from megavlm.monitor.metrics import MonitorConfig
 from megavlm.routing.plan import RoutingConfig

@@ -6,14 +6,18 @@ a CPU beats padding and block masks. Both are tested against one dense masked re
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from megavlm.errors import ConfigError
 from megavlm.routing.route import BIAS_WIDTH, Sequences
 
 NAME = "megavlm_varlen"
+WITHOUT_EFFECT = ("position_ids", "use_cache")
+"""Arguments of layers that their attention hands on to no end."""
 
 
 @dataclass
@@ -41,6 +45,11 @@ class Context:
     """Added to the scores of each key: the logarithm of how many tokens it stands for."""
     observe: Callable | None = None
     """Called with queries, keys and values ``[K, heads, d]``, rotary embedding included, and the factor of the scores."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.sequences.max_seqlen
 
 
 def packed_attention(
@@ -92,8 +101,9 @@ def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, scale: float) -> to
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _for_transformers(module, query, key, value, attention_mask, *, scaling, context, **_unused):
+def _for_transformers(module, query, key, value, attention_mask, *, scaling, context, **asked):
     """The signature that `transformers` calls: ``[1, heads, T, d]`` in, ``[1, T, heads, d]`` out."""
+    _refuse(module, attention_mask, asked, context.longest)
     groups = query.shape[1] // key.shape[1]
     q_KHd, k_KHd, v_KHd = (x[0].transpose(0, 1) for x in (query, key, value))
     if not isinstance(context, Context):  # decoding with a cache
@@ -114,6 +124,29 @@ def _for_transformers(module, query, key, value, attention_mask, *, scaling, con
     if guests is not None:
         out_KHd = out_KHd.index_select(0, guests.place_K)
     return out_KHd[None], None
+
+
+def _refuse(module, attention_mask, asked: dict[str, Any], longest: int) -> None:
+    """Nothing that a model asks of its attention is passed over.
+
+    Raises:
+        ConfigError: Naming what is not computed here.
+    """
+    wishes = {name: value for name, value in asked.items() if name not in WITHOUT_EFFECT and value is not None}
+    if (window := wishes.pop("sliding_window", None)) is not None and window < longest:
+        raise ConfigError(
+            f"{type(module).__name__} attends to a sliding window of {window} tokens, and a sequence has {longest}\n"
+            f"  do:    give sequences of {window} tokens at most, or set sliding_window to null in model.architecture"
+        )
+    if wishes.get("dropout") == 0:
+        del wishes["dropout"]
+    if attention_mask is not None:
+        wishes["attention_mask"] = attention_mask
+    if wishes:
+        raise ConfigError(
+            f"{type(module).__name__} asks of its attention what is not computed here: {', '.join(wishes)}\n"
+            "  do:    choose a family of docs/models.md that is exact, or leave out the field that asks for it"
+        )
 
 
 def placed(x_KHd: torch.Tensor, guests: Guests, guest_RHd: torch.Tensor | None) -> torch.Tensor:

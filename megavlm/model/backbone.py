@@ -9,57 +9,30 @@ the rows of the next::
 Every pack calls the same modules in the same order, whatever it holds (P7).
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megavlm.costs import ModelShape
 from megavlm.data.pack.pack import Pack
 from megavlm.errors import ConfigError
 from megavlm.model import attention
 from megavlm.model.attention import Context, Guests
+from megavlm.model.families import read_exact
 from megavlm.model.loss import chunked_loss
+from megavlm.model.rotary import without_rotary
 from megavlm.routing.injection import Injector
 from megavlm.routing.plan import RoutingPlan
 from megavlm.routing.route import Stage
 from megavlm.routing.router import Router
 from megavlm.routing.tasks import TASKS, Task
-from megavlm.settings import Settings, Switch
-
-NOT_ARCHITECTURE = ("vocab_size", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "_name_or_path",
-                    "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
-"""Fields of a pretrained model's config.json that say nothing about its layers, or that the run's own vocabulary replaces."""
-
-
-def _architecture_of(folder: str) -> dict[str, Any]:
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise ValueError("is neither a mapping nor a folder with config.json")
-    tree = json.loads(file.read_text())
-    if "auto_map" in tree:
-        raise ValueError("needs code of its own, which is never run")
-    return {name: value for name, value in tree.items() if name not in NOT_ARCHITECTURE}
-
-
-class ModelConfig(Settings):
-    """The backbone: decoder layers of a stock Hugging Face model."""
-
-    architecture: Annotated[dict[str, Any], BeforeValidator(lambda given: _architecture_of(given) if isinstance(given, str) else given)]
-    """A `transformers` configuration: `model_type` and its fields, or the folder of a pretrained model, whose `config.json` is then used.
-    `vocab_size` is set by the vocabulary."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward and backward pass; `auto` is bfloat16 on CUDA and float32 on CPU."""
-    activation_checkpointing: Switch = False
-    """Recompute each layer in the backward pass instead of storing its activations."""
 
 
 def make_causal_lm(architecture: dict[str, Any], vocabulary_size: int) -> PreTrainedModel:
@@ -70,22 +43,12 @@ def make_causal_lm(architecture: dict[str, Any], vocabulary_size: int) -> PreTra
         vocabulary_size: Rows of the embedding and the output head.
 
     Raises:
-        ConfigError: If `transformers` does not know the type or a field.
+        ConfigError: If `transformers` does not know the type or a field, or it is not computed exactly here.
     """
-    fields = dict(architecture)
-    model_type = fields.pop("model_type", None)
     try:
-        config = AutoConfig.for_model(model_type, **fields, vocab_size=vocabulary_size)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"model.architecture is not a configuration of transformers: {error}\n"
-            "  do:    name a model_type of transformers, such as qwen3, and the fields of its configuration"
-        ) from error
-    unknown = [name for name in fields if name not in type(config)().to_dict()]
-    if unknown:
-        raise ConfigError(
-            f"model.architecture: {model_type} has no {', '.join(unknown)}\n  do:    use the fields of {type(config).__name__}"
-        )
+        config = read_exact(architecture, vocabulary_size)
+    except ValueError as error:
+        raise ConfigError(f"model.architecture: {error}") from error
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -166,7 +129,8 @@ class Backbone(nn.Module):
                 is_watched = stage.is_watched and layer == stage.end_layer - 1
                 context.observe = None
                 if is_watched or observe:
-                    context.observe = _observer(router if is_watched else None, observe, layer, active, cos_K, sin_K, context)
+                    without_places = partial(without_rotary, model, layer, cos_K, sin_K)
+                    context.observe = _observer(router if is_watched else None, observe, layer, active, without_places, context)
                 x_KD = self._layer(model.layers[layer], x_KD, (cos_K[None], sin_K[None]), replace(context))
             router.write(active, x_KD)
         return router.h_TD, router.gate_loss
@@ -202,21 +166,15 @@ class Backbone(nn.Module):
         return call(x_KD)[0]
 
 
-def _observer(router: Router | None, observe: Callable | None, layer: int, active, cos_K, sin_K, context: Context):
+def _observer(router: Router | None, observe: Callable | None, layer: int, active, without_places: Callable, context: Context):
     """What a layer's attention calls: tells the router, or whoever observes the forward pass, or both."""
 
     def call(q_KHd, k_KHd, v_KHd, scale):
         if router is not None:
             groups = q_KHd.shape[1] // k_KHd.shape[1]
-            q, k = (_without_rotary(x.detach(), cos_K, sin_K) for x in (q_KHd, k_KHd))
+            q, k = without_places(q_KHd.detach(), k_KHd.detach())
             router.watch(active, q, k.repeat_interleave(groups, dim=1))
         if observe is not None:
             observe(layer, active, q_KHd, k_KHd, v_KHd, scale, context)
 
     return call
-
-
-def _without_rotary(x_KHd: torch.Tensor, cos_Kd: torch.Tensor, sin_Kd: torch.Tensor) -> torch.Tensor:
-    """Turn queries or keys back by the angles of their positions (rotary embedding of the Llama kind)."""
-    first, second = x_KHd.chunk(2, dim=-1)
-    return x_KHd * cos_Kd[:, None] - torch.cat([-second, first], -1) * sin_Kd[:, None]

@@ -181,6 +181,11 @@ class CacheView:
     cache: LayerCache
     chosen_K: torch.Tensor
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that there is room for."""
+        return self.cache.k_BLHd.shape[1]
+
     def attend(self, q_KHd: torch.Tensor, k_KHd: torch.Tensor, v_KHd: torch.Tensor, scale: float) -> torch.Tensor:
         """Append the keys and values; attention of each query to its sequence's keys, ``[K, H, d]``."""
         cache, chosen = self.cache, self.chosen_K

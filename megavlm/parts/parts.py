@@ -4,7 +4,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from megavlm.config import RunConfig
 from megavlm.costs import ModelShape
@@ -18,6 +18,7 @@ from megavlm.data.read.urls import Opener
 from megavlm.data.tools.simulate import Situation
 from megavlm.image_tokenizers.build import ImageTokenizer, build_image_tokenizer
 from megavlm.model.backbone import Backbone, make_causal_lm
+from megavlm.model.configuration import read_configuration
 from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.policies import Dense
 from megavlm.vocabulary import Vocabulary
@@ -66,13 +67,13 @@ class Parts:
     @cached_property
     def shape(self) -> ModelShape:
         """The model's sizes, without making its weights."""
-        return ModelShape.of(AutoConfig.for_model(**self.config.model.architecture, vocab_size=self.vocabulary.size))
+        return ModelShape.of(read_configuration(self.config.model.architecture, self.vocabulary.size))
 
     @cached_property
     def plan(self) -> RoutingPlan:
         """The policies with their schedule over the run; needs nothing that lies on the disk."""
         routing = self.config.routing
-        num_layers = AutoConfig.for_model(**self.config.model.architecture).num_hidden_layers
+        num_layers = read_configuration(self.config.model.architecture, 1).num_hidden_layers
         schedule = Schedule(self.config.optimizer.num_steps, routing.warmup_fraction, routing.dense_finish_fraction)
         return RoutingPlan(routing.understanding, routing.generation, num_layers, schedule)
 

@@ -1,0 +1,37 @@
+"""The recipe's ``model``: what is wrong with an architecture is said when the recipe is read."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator
+
+from megavlm.model.configuration import read_configuration, read_folder
+from megavlm.model.families import active_window, read_exact
+from megavlm.model.proof import VOCABULARY, prove
+from megavlm.settings import Settings, Switch
+
+
+def _checked(architecture: dict[str, Any]) -> dict[str, Any]:
+    read_exact(architecture, VOCABULARY)
+    prove(architecture)
+    return architecture
+
+
+class ModelConfig(Settings):
+    """The backbone: decoder layers of a stock Hugging Face model."""
+
+    architecture: Annotated[
+        dict[str, Any],
+        BeforeValidator(lambda given: read_folder(given) if isinstance(given, str) else given),
+        AfterValidator(_checked),
+    ]
+    """A `transformers` configuration: `model_type` and its fields, in any style that a published `config.json` has; or the folder of a
+    pretrained model, whose `config.json` is then taken over. `vocab_size` and the ids of special tokens are set by the vocabulary. What is
+    not computed exactly is refused: see `docs/models.md`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward and backward pass; `auto` is bfloat16 on CUDA and float32 on CPU."""
+    activation_checkpointing: Switch = False
+    """Recompute each layer in the backward pass instead of storing its activations."""
+
+    def outside_window(self, longest: int) -> str:
+        """Why sequences of up to ``longest`` tokens do not fit into the layers' sliding windows; empty if they do."""
+        return active_window(read_configuration(self.architecture, VOCABULARY), longest)

@@ -1,0 +1,148 @@
+"""A small copy of an architecture, run packed through the backbone and padded through `transformers`: both must say the same."""
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from megavlm.costs import ModelShape
+from megavlm.data.pack.encode import EncodedSample
+from megavlm.data.pack.pack import Costing, Pack, build_pack
+from megavlm.data.read.sample import Coordinates
+from megavlm.errors import ConfigError
+from megavlm.model.backbone import Backbone
+from megavlm.model.families import read_exact, window_of
+from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.policies import Dense
+from megavlm.routing.tasks import Task
+
+TOLERANCE = 1e-4
+LENGTHS = (13, 7)
+"""Tokens of the two samples of the pack."""
+VOCABULARY = 64
+LAYER_LISTS = ("layer_types", "no_rope_layers")
+"""Fields with a value for each layer."""
+
+
+def prove(architecture: dict[str, Any]) -> float:
+    """Compare, once per architecture and process; takes a fraction of a second and touches no random generator.
+
+    Returns:
+        The largest difference of two logits.
+
+    Raises:
+        ValueError: If a layer's cost or the logits differ, or `transformers` itself cannot run it.
+    """
+    return _prove(json.dumps(architecture))
+
+
+@lru_cache(maxsize=64)
+def _prove(architecture: str) -> float:
+    config = small_copy(read_exact(json.loads(architecture), VOCABULARY))
+    family = config.model_type
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            causal_lm = random_model(config)
+            expected_TV = padded_logits(causal_lm)
+        except Exception as error:  # whatever modules make of fields that do not fit each other
+            raise ValueError(f"transformers cannot run this {family}: {type(error).__name__}: {error}") from error
+        if not expected_TV.isfinite().all():
+            raise ValueError(f"transformers gives no finite numbers with these fields of {family}; correct them")
+        try:
+            difference = float((packed_logits(causal_lm) - expected_TV).abs().max())
+        except ConfigError as error:
+            raise ValueError(f"this {family} is not computed exactly here: {error}") from error
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"this {family} is not computed exactly here: logits of packed samples differ by {difference:.1e} from those of transformers;"
+            " choose another family, or leave out what sets this one apart"
+        )
+    weights = sum(p.numel() for p in causal_lm.model.layers[0].parameters() if p.dim() > 1)
+    if 2 * weights != (flops := ModelShape.of(config).layer_flops_per_token):
+        raise ValueError(f"the cost of a layer of this {family} is not known: {2 * weights} FLOPs per token, counted as {flops}")
+    return difference
+
+
+def small_copy(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same architecture with few narrow layers: one of each kind, heads as wide and as many to a group, up to two."""
+    groups = min(2, config.num_attention_heads // config.num_key_value_heads)
+    heads = 2 * groups
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    is_square = config.hidden_size == config.num_attention_heads * head_width
+    layers = _layers_of_each_kind(config)
+    changes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "hidden_size": heads * head_width if is_square else 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": len(layers),
+    }
+    if getattr(config, "head_dim", None):
+        changes["head_dim"] = head_width
+    if window := window_of(config):
+        # whether the recipe's sequences fit into it is asked elsewhere
+        changes["sliding_window"] = max(window, sum(LENGTHS))
+    for name in LAYER_LISTS:
+        if getattr(config, name, None):
+            changes[name] = [getattr(config, name)[layer] for layer in layers]
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("dtype", "torch_dtype")}
+    return type(config).from_dict(fields | changes)
+
+
+def _layers_of_each_kind(config: PreTrainedConfig) -> list[int]:
+    kinds = {}
+    for layer in range(config.num_hidden_layers):
+        lists = [getattr(config, name, None) for name in LAYER_LISTS]
+        kinds.setdefault(tuple(values[layer] for values in lists if values), layer)
+    return sorted({*kinds.values(), *range(min(2, config.num_hidden_layers))})
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """In float64, every parameter random, norms and biases too: none may be without effect."""
+    causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in causal_lm.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=0.2, generator=generator)
+    return causal_lm
+
+
+def padded_logits(causal_lm: PreTrainedModel) -> torch.Tensor:
+    """``[T, V]`` of the samples, by `transformers` alone."""
+    causal_lm.config._attn_implementation = "eager"
+    ids_BL = nn.utils.rnn.pad_sequence([torch.from_numpy(sample.tokens) for sample in _samples()], batch_first=True)
+    mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(LENGTHS)[:, None]
+    logits_BLV = causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False, return_dict=True).logits
+    return logits_BLV[mask_BL]
+
+
+def packed_logits(causal_lm: PreTrainedModel) -> torch.Tensor:
+    """``[T, V]`` of the samples as one pack, as in training."""
+    config = causal_lm.config
+    plan = RoutingPlan(Dense(), Dense(), config.num_hidden_layers, Schedule(1, 0.0, 0.0))
+    backbone = Backbone(causal_lm, plan, num_sources=1, max_labels=sum(LENGTHS), chunk_rows=sum(LENGTHS))
+    h_TD, _ = backbone.hidden_states(_pack(Costing(plan, ModelShape.of(config))))
+    return causal_lm.lm_head(causal_lm.model.norm(h_TD))
+
+
+def _pack(costing: Costing) -> Pack:
+    return build_pack(_samples(), costing, num_sources=1, lane=0, step=0, seed=0)
+
+
+def _samples() -> list[EncodedSample]:
+    rng = np.random.default_rng(0)
+    return [
+        EncodedSample(
+            key=str(i),
+            coordinates=Coordinates(0, 0, 0, i),
+            tokens=rng.integers(0, VOCABULARY, length),
+            has_loss=np.arange(length) > 0,
+            tasks=np.full(length, Task.TEXT),
+            spans=(),
+            task=Task.TEXT,
+        )
+        for i, length in enumerate(LENGTHS)
+    ]

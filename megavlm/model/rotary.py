@@ -1,0 +1,34 @@
+"""Queries and keys as they were before the rotary embedding, of any family that is exact here."""
+
+import sys
+
+import torch
+from torch import nn
+
+from megavlm.model.families import rotates
+
+
+def without_rotary(
+    model: nn.Module, layer: int, cos_Kd: torch.Tensor, sin_Kd: torch.Tensor, q_KHd: torch.Tensor, k_KHd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn queries and keys back by the angles of their places.
+
+    The family's own function does it, with the angles negated: it knows which channels are pairs, and which are not turned at all.
+
+    Args:
+        model: The decoder.
+        layer: Where the queries and keys come from.
+        cos_Kd: Cosines that they were turned by, scaled as the family scales them.
+        sin_Kd: Sines, likewise.
+        q_KHd: Queries.
+        k_KHd: Keys, with their own number of heads.
+    """
+    attention = model.layers[layer].self_attn
+    if not rotates(attention):
+        return q_KHd, k_KHd
+    scaling = model.rotary_emb.attention_scaling
+    if scaling != 1:  # yarn; the angles were scaled once, and would be again
+        cos_Kd, sin_Kd = cos_Kd / scaling**2, sin_Kd / scaling**2
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    q_1HKd, k_1HKd = rotate(q_KHd.transpose(0, 1)[None], k_KHd.transpose(0, 1)[None], cos_Kd[None], -sin_Kd[None])
+    return q_1HKd[0].transpose(0, 1), k_1HKd[0].transpose(0, 1)

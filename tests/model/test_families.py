@@ -1,0 +1,324 @@
+"""Every text decoder of transformers is computed exactly, or refused by name when the recipe is read."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from megavlm.costs import ModelShape
+from megavlm.data.pack.pack import Costing, build_pack
+from megavlm.errors import ConfigError
+from megavlm.model import attention
+from megavlm.model.architecture import ModelConfig
+from megavlm.model.backbone import Backbone, make_causal_lm
+from megavlm.model.configuration import ABOUT_THE_FILE, LEFTOVERS, REPLACED, read_configuration
+from megavlm.model.families import EXACT, rotates
+from megavlm.model.rotary import without_rotary
+from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.policies import Dense
+from tests.conftest import TINY
+from tests.routing.layouts import VOCABULARY, make_samples
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+LAYOUT = [[("TEXT", 11, 1)], [("TEXT", 6, 1)], [("TEXT", 14, 1)]]
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+KINDS = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+VARIANTS = [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ("llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3}),
+    ("llama", {"rope_scaling": YARN}),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 3.0}}),
+    ("llama", {"head_dim": 32, "hidden_act": "gelu"}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}),
+    ("qwen3", {"head_dim": 32, "rope_scaling": YARN, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    ("gemma", {"head_dim": 32, "pad_token_id": 7}),
+    ("mistral", {"sliding_window": None}),
+    ("ministral", {"layer_types": KINDS, "sliding_window": 40, "rope_theta": 1e4}),
+    ("phi3", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.1}),
+    ("olmo", {"clip_qkv": 0.2}),
+    ("glm4", {"partial_rotary_factor": 0.5, "head_dim": 32}),
+    ("glm", {"partial_rotary_factor": 0.25, "head_dim": 32, "attention_bias": False}),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
+    ("exaone4", {"layer_types": KINDS, "sliding_window": 40, "sliding_window_pattern": None}),
+    ("starcoder2", {"use_bias": False}),
+    ("seed_oss", {"attention_bias": False, "attention_out_bias": True}),
+]
+
+
+def architecture_of(model_type, **fields):
+    kind = CONFIG_MAPPING[model_type]
+    sizes = {name: value for name, value in SMALL.items() if name in {*kind.__dataclass_fields__, *kind.attribute_map}}
+    if model_type in ("helium", "ministral"):  # transformers makes nothing of the others
+        sizes["head_dim"] = 16
+    if "text_config" in kind.sub_configs_defaults:
+        text = kind.sub_configs_defaults["text_config"].model_type
+        sizes["text_config"] = architecture_of(text) if text in CONFIG_MAPPING else {}
+    return {"model_type": model_type, **sizes, **fields}
+
+
+def make(architecture):
+    """A backbone with every parameter random, and a pack of three samples."""
+    causal_lm = make_causal_lm(architecture, VOCABULARY).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in causal_lm.named_parameters():
+        torch.nn.init.normal_(parameter, float("norm" in name), 0.1, generator)
+    plan = RoutingPlan(Dense(), Dense(), causal_lm.config.num_hidden_layers, Schedule(1, 0.0, 0.0))
+    costing = Costing(plan, ModelShape.of(causal_lm.config))
+    backbone = Backbone(causal_lm, plan, num_sources=1, max_labels=99, chunk_rows=99)
+    return backbone, build_pack(make_samples(LAYOUT), costing, 1, 0, 0, 0)
+
+
+def assert_exact(architecture):
+    """Packed through the backbone and padded through transformers: the same logits, and gradients for every row that was read."""
+    backbone, pack = make(architecture)
+    causal_lm = backbone.causal_lm
+    h_TD, _ = backbone.hidden_states(pack)
+    ours = causal_lm.lm_head(causal_lm.model.norm(h_TD))
+    causal_lm.config._attn_implementation = "sdpa"
+    documents = pack.tokens_T.split(pack.sequences.lengths)
+    ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor(pack.sequences.lengths)[:, None]
+    stock = causal_lm(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[mask]
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+    ours.square().sum().backward()
+    rows = causal_lm.get_input_embeddings().weight.grad.abs().sum(1)
+    assert rows[pack.tokens_T].all(), "no row is left out of learning"
+    weights = sum(p.numel() for p in causal_lm.model.layers[0].parameters() if p.dim() > 1)
+    assert ModelShape.of(causal_lm.config).layer_flops_per_token == 2 * weights
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_exact_families(model_type):
+    ModelConfig(architecture=architecture_of(model_type))
+    assert_exact(architecture_of(model_type))
+
+
+@pytest.mark.parametrize(("model_type", "fields"), VARIANTS)
+def test_exact_variants(model_type, fields):
+    architecture = architecture_of(model_type, **fields)
+    before = json.dumps(architecture)
+    ModelConfig(architecture=architecture)
+    assert_exact(architecture)
+    assert json.dumps(architecture) == before, "a recipe is not changed by being read"
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_every_decoder_is_exact_or_refused_by_name(model_type):
+    architecture = architecture_of(model_type)
+    try:
+        ModelConfig(architecture=architecture)
+    except ValidationError as error:
+        assert model_type not in EXACT and re.search(rf"\b{re.escape(model_type)}\b", error.errors()[0]["msg"])
+        with pytest.raises(ConfigError, match=re.escape(model_type)):
+            make_causal_lm(architecture, VOCABULARY)
+    else:
+        assert_exact(architecture)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "words"),
+    [
+        ("granite", {}, "granite multiplies"),
+        ("cohere2", {}, "cohere2 scales its logits"),
+        ("gemma2", {}, "gemma2 caps"),
+        ("gpt_oss", {}, "gpt_oss gives its attention sinks"),
+        ("mixtral", {}, "mixtral is a mixture of experts"),
+        ("qwen3_next", {}, "qwen3_next carries a state"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "llama with dynamic rotary"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}}, "phi3 with longrope"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout of llama is 0.1"),
+        ("seed_oss", {"attention_dropout": 0.2}, "attention_dropout of seed_oss is 0.2"),
+        ("starcoder2", {"embedding_dropout": 0.1}, "embedding_dropout of starcoder2"),
+        ("phi3", {"embd_pdrop": 0.1}, "embd_pdrop of phi3"),
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers of llama must be a positive"),
+        ("llama", {"hidden_act": "gelo"}, "transformers cannot run this llama"),
+        ("llama", {"rms_norm_eps": float("nan")}, "no finite numbers"),
+        ("llama", {"is_causal": False, "architectures": ["LlamaForCausalLM"]}, "this llama is not computed exactly here"),
+        ("llama", {"per_layer_config": {"1": {"num_key_value_heads": 4}}}, "llama with a configuration per layer"),
+        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "llama with quantised weights"),
+        ("qwen3", {"hiden_size": 3}, "qwen3 has no hiden_size. Did you mean hidden_size?"),
+        ("llama", {"rope_tetha": 3}, "llama has no rope_tetha. Did you mean rope_theta?"),
+        ("llama", {"rope_scaling": {"type": "yarn", "facter": 3}}, "no rope_scaling.facter. Did you mean rope_scaling.factor?"),
+        ("llama", {"hidden_size": "many"}, "transformers makes no configuration of this llama"),
+    ],
+)
+def test_what_is_not_exact_is_refused_by_name(model_type, fields, words, make_config):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make_config({"model.architecture": architecture_of(model_type, **fields)})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("mistral", {}),
+        ("phi3", {}),
+        ("starcoder2", {}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
+        ("ministral", {"layer_types": KINDS, "rope_theta": 1e4}),
+        ("exaone4", {"layer_types": KINDS, "sliding_window_pattern": None}),
+        ("smollm3", {"use_sliding_window": True, "layer_types": KINDS}),
+    ],
+)
+def test_a_window_is_refused_where_a_sequence_may_be_longer(model_type, fields, make_config):
+    limit = TINY["data.pack_tokens"]
+    architecture = architecture_of(model_type, **fields)
+    make_config({"model.architecture": architecture | {"sliding_window": limit}})
+    with pytest.raises(ConfigError, match=rf"layers of this {model_type} attend to a sliding window of {limit - 1} tokens"):
+        make_config({"model.architecture": architecture | {"sliding_window": limit - 1}})
+    # whoever comes without a recipe learns it from the attention
+    backbone, pack = make(architecture | {"sliding_window": max(pack_lengths()) - 1})
+    with pytest.raises(ConfigError, match="sliding window"):
+        backbone.hidden_states(pack)
+    assert_exact(architecture | {"sliding_window": max(pack_lengths())})
+
+
+def pack_lengths():
+    return [sample.num_tokens for sample in make_samples(LAYOUT)]
+
+
+def test_a_window_that_no_layer_uses_is_no_matter(make_config):
+    make_config({"model.architecture": architecture_of("qwen2", sliding_window=4, use_sliding_window=False)})
+    make_config({"model.architecture": architecture_of("qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=4)})
+
+
+@pytest.mark.parametrize("asked", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}, {"position_bias": torch.zeros(1)}])
+def test_attention_refuses_what_it_does_not_know(asked):
+    backbone, pack = make(architecture_of("llama"))
+    context = attention.Context(pack.sequences)
+    q = torch.zeros(1, 4, pack.num_tokens, 16)
+    attention._for_transformers(backbone, q, q, q, None, scaling=1.0, context=context, softcap=None, dropout=0.0)
+    with pytest.raises(ConfigError, match=next(iter(asked))):
+        attention._for_transformers(backbone, q, q, q, None, scaling=1.0, context=context, **asked)
+    with pytest.raises(ConfigError, match="attention_mask"):
+        attention._for_transformers(backbone, q, q, q, torch.zeros(1), scaling=1.0, context=context)
+
+
+def test_reading_touches_no_random_generator():
+    before = torch.get_rng_state()
+    ModelConfig(architecture=architecture_of("llama", rms_norm_eps=1.5e-6))
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize(("model_type", "fields"), [*((family, {}) for family in EXACT), *VARIANTS])
+def test_queries_and_keys_are_turned_back_exactly(model_type, fields):
+    """Where a layer's input knows no places, neither must what selectors see of it."""
+    backbone, pack = make(architecture_of(model_type, **fields))
+    model = backbone.causal_lm.model
+    model.config._attn_implementation = attention.NAME
+    x_1TD = torch.randn(1, pack.num_tokens, 64, generator=torch.Generator().manual_seed(0))
+    places = (pack.positions_T, torch.zeros_like(pack.positions_T))
+    for layer, module in enumerate(model.layers):
+        seen = []
+        context = attention.Context(pack.sequences, observe=lambda q, k, v, scale, seen=seen: seen.append((q, k)))
+        tables = [model.rotary_emb(x_1TD, positions_T[None]) for positions_T in places]
+        for table in tables:
+            module(x_1TD, attention_mask=None, position_embeddings=table, use_cache=False, context=context)
+        turned_back = [without_rotary(model, layer, cos[0], sin[0], *pair) for (cos, sin), pair in zip(tables, seen)]
+        torch.testing.assert_close(turned_back[0], turned_back[1], rtol=1e-4, atol=1e-5)
+        # yarn scales what it turns
+        expected = [x / model.rotary_emb.attention_scaling for x in seen[1]]
+        torch.testing.assert_close(turned_back[1], tuple(expected), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(seen[0][0], seen[1][0], atol=1e-4) != rotates(module.self_attn)
+
+
+PUBLISHED = {
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+        "hidden_act": "silu", "initializer_range": 0.02, "max_window_layers": 21, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+        "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+        "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu", "head_dim": 16, "mlp_bias": False, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": {**LLAMA3}, "rope_theta": 500000.0, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+    },
+    "mistral": {
+        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-05, "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 32000,
+    },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"], "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "embd_pdrop": 0.0,
+        "original_max_position_embeddings": 4096, "pad_token_id": 32000, "resid_pdrop": 0.0, "rope_scaling": None,
+        "rope_theta": 10000.0, "sliding_window": 2047, "torch_dtype": "bfloat16", "vocab_size": 32064,
+    },
+    "gemma": {
+        "architectures": ["GemmaForCausalLM"], "bos_token_id": 2, "eos_token_id": 1, "head_dim": 16, "hidden_act": "gelu",
+        "hidden_activation": None, "pad_token_id": 0, "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 256000,
+    },
+    "smollm3": {
+        "architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0], "pad_token_id": 128004,
+        "layer_types": ["full_attention"] * 4, "pretraining_tp": 2, "rope_scaling": None, "rope_theta": 5000000.0,
+        "sliding_window": None, "use_sliding_window": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
+    },
+    "glm4": {
+        "architectures": ["Glm4ForCausalLM"], "attention_bias": False, "eos_token_id": [151329, 151336], "head_dim": 16,
+        "pad_token_id": 151329, "partial_rotary_factor": 0.5, "rope_theta": 10000.0, "torch_dtype": "bfloat16", "vocab_size": 151552,
+    },
+    "olmo2": {
+        "architectures": ["Olmo2ForCausalLM"], "eos_token_id": 100257, "pad_token_id": 100277, "rope_scaling": None,
+        "rope_theta": 500000, "torch_dtype": "float32", "vocab_size": 100352,
+    },
+    "starcoder2": {
+        "architectures": ["Starcoder2ForCausalLM"], "activation_function": "gelu", "mlp_type": "default", "norm_type": "layer_norm",
+        "norm_epsilon": 1e-05, "rope_theta": 999999.4420358813, "sliding_window": 4096, "use_bias": True, "vocab_size": 49152,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+@pytest.mark.parametrize("inline", [False, True], ids=["folder", "inline"])
+def test_published_files_mean_what_autoconfig_makes_of_them(model_type, inline, tmp_path, make_config):
+    tree = architecture_of(model_type, **PUBLISHED[model_type])
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    expected = AutoConfig.from_pretrained(tmp_path, trust_remote_code=False).to_dict()
+    given = yaml.safe_load(yaml.safe_dump(tree)) if inline else str(tmp_path)
+    config = make_config({"model.architecture": given})
+    ours = read_configuration(config.model.architecture, VOCABULARY).to_dict()
+    without_meaning = {*REPLACED, *ABOUT_THE_FILE, *LEFTOVERS, "_name_or_path", "activation_function", "mlp_type", "norm_type"}
+    for name in {*expected, *ours} - without_meaning:
+        assert ours.get(name) == expected.get(name), name
+    assert_exact(config.model.architecture)
+
+
+def test_misspelt_names_of_a_published_file_are_refused(tmp_path, make_config):
+    tree = architecture_of("llama", **PUBLISHED["llama"], num_hidden_layer=3)
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match="llama has no num_hidden_layer. Did you mean num_hidden_layers?"):
+        make_config({"model.architecture": str(tmp_path)})
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="holds no mapping"):
+        make_config({"model.architecture": str(tmp_path)})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}))
+    with pytest.raises(ConfigError, match="needs code of its own"):
+        make_config({"model.architecture": str(tmp_path)})
+
+
+def test_of_a_multimodal_model_the_text_decoder_is_taken(tmp_path, make_config):
+    text = architecture_of("llama", rope_theta=5e5, rms_norm_eps=1e-5)
+    tree = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": text, "image_token_index": 7}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    for given in (str(tmp_path), tree):
+        config = make_config({"model.architecture": given})
+        read = read_configuration(config.model.architecture, VOCABULARY)
+        assert read.model_type == "llama" and read.rope_parameters["rope_theta"] == 5e5
+        assert_exact(config.model.architecture)
+    with pytest.raises(ConfigError, match="the text decoder of gemma3: gemma3_text has a rotary"):
+        make_config({"model.architecture": {"model_type": "gemma3"}})
