@@ -10,7 +10,7 @@ from megavlm.errors import ConfigError
 
 
 class CompressorCommands:
-    """Mixed into the commands of `megavlm data`."""
+    """A part of the commands of `megavlm data`, which inherit from it."""
 
     def compressor(
         self,

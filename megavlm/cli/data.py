@@ -12,12 +12,12 @@ from megavlm.errors import ConfigError
 
 
 class DataCommands(TokenizerCommands, CompressorCommands):
-    """Write data, look at it, and try how it packs."""
+    """Write data, inspect it, and simulate how it packs."""
 
     def digits(self, out: str):
         """Write the benchmark `digits` as WebDataset shards, with its text model.
 
-        Real handwritten digits, 8x8 pixels, as questions about images and as requests for images.
+        It has real handwritten digits, 8x8 pixels, as questions about images and as requests for images.
 
         Args:
             out: Folder to write to.
@@ -30,14 +30,14 @@ class DataCommands(TokenizerCommands, CompressorCommands):
     def shapes(self, out: str, pixels: int = 32, num_train: Positive = 20000, num_test: Positive = 1000, seed: int = 0):
         """Write the benchmark `shapes` as WebDataset shards, with its text model.
 
-        Scenes of one to four coloured shapes, as questions with exact answers and as requests for images.
+        It has scenes of one to four coloured shapes, as questions with exact answers and as requests for images.
 
         Args:
             out: Folder to write to.
             pixels: Side of the images, 32 to 256.
             num_train: Training samples per task.
             num_test: Test samples per task; each shows a composition that is not in the training samples.
-            seed: Another seed is other scenes.
+            seed: Seed of the scenes.
         """
         from megavlm.benchmarks import shapes
 
@@ -63,10 +63,11 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         """Write shards, with an index beside each, from a folder of images with captions or from a JSONL file.
 
         Args:
-            source: Folder with a.jpg, a.txt, … (read the shards as img2dataset); or JSONL with "segments" (megavlm) or "conversations" (llava).
+            source: Folder with a.jpg, a.txt, … (its shards have the format img2dataset); or a JSONL file with "segments" (megavlm) or
+                "conversations" (llava).
             out: Folder to write to.
-            samples_per_shard: In each shard but the last.
-            image_root: Folder that image paths in the JSONL start from; its own if not given.
+            samples_per_shard: Samples in each shard but the last.
+            image_root: Folder that image paths in the JSONL start from; by default the file's own folder.
         """
         from megavlm.data.tools.write import build_shards
 
@@ -75,7 +76,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         print(f"{out}: {len(written)} shards with {sum(written.values())} samples")
 
     def inspect(self, shards, format: str = "megavlm", out: str = "contact_sheet.png"):
-        """Show what is in shards: a table, every problem with its place, and a contact sheet.
+        """Show the contents of shards: a table, every problem with its place, and a contact sheet.
 
         Args:
             shards: Path or URL, braces expand: "data/digits/generation-train-{00..07}.tar".
@@ -89,12 +90,12 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         print(f"{text}{f'contact sheet: {out}' if has_images else 'no images, no contact sheet'}")
 
     def lint(self, shards, format: str = "megavlm", recipe: str = "", **overrides):
-        """Find every problem of shards, with shard and key. Exit status 1 if there are any.
+        """Find every problem in shards, with shard and key. The exit status is 1 if there are any.
 
         Args:
             shards: Path or URL, braces expand.
             format: How samples are written: megavlm, img2dataset, llava, text, interleaved, or module:function.
-            recipe: Also check that samples fit this recipe's vocabulary and packs.
+            recipe: Also check that samples fit the vocabulary and packs of this recipe.
             overrides: Settings of the recipe to change.
         """
         import sys
@@ -119,12 +120,12 @@ class DataCommands(TokenizerCommands, CompressorCommands):
             sys.exit(1)
 
     def stats(self, shards, format: str = "megavlm", recipe: str = "", out: str = "stats.png", **overrides):
-        """Count samples, tasks, images and lengths; lengths are tokens with a recipe, else characters.
+        """Count samples, tasks, images and lengths. Lengths are tokens with a recipe, otherwise characters.
 
         Args:
             shards: Path or URL, braces expand.
             format: How samples are written.
-            recipe: Whose tokenizers count the tokens.
+            recipe: The recipe whose tokenizers count the tokens.
             out: Histogram to write (PNG).
             overrides: Settings of the recipe to change.
         """
@@ -148,8 +149,8 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         Args:
             shards: Path or URL, braces expand.
             format: How samples are written.
-            out: The PNG; the page goes beside it.
-            num: How many samples.
+            out: The contact sheet (PNG); the page goes beside it.
+            num: Number of samples.
         """
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.tools.describe import preview
@@ -169,16 +170,16 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         processes: NotNegative = 0,
         **overrides,
     ):
-        """How equal will the packs be? Runs the packer for all lanes, beside first-come and first-fit packing.
+        """Say how equal the packs will be: run the packer for all lanes, and first-come and first-fit packing for comparison.
 
             megavlm data simulate --lanes 1024
             megavlm data simulate digits --lanes 64 --data.fill=0.9
 
         Args:
-            recipe: Whose sources, route and model to take; without one, a standard mixture (see `megavlm.data.tools.simulate`).
+            recipe: The recipe with sources, route and model; by default a standard mixture (see `megavlm.data.tools.simulate`).
             lanes: Number of lanes.
             steps: Packs per lane.
-            first_step: Figures are of the steps from this one on.
+            first_step: First step that counts for the figures.
             out: Figure to write (PNG); the numbers go beside it (JSON).
             processes: Processes to use; 0 is one per core.
             overrides: Settings of the recipe to change.

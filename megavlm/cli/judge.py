@@ -11,8 +11,9 @@ from megavlm.cli.arguments import NotNegative, Positive
 class JudgeCommands:
     """Judge a run on published sets from local files; nothing is fetched.
 
-    Each kind reads a file, asks the newest checkpoint, and writes the figures and every answer to RUN/judged/. Entries that cannot be used
-    (broken line, missing image) are named and counted; more than --max_bad of them end the judging. See docs/judging.md.
+    Each kind reads a file, asks the newest checkpoint (or the one that you name), and writes the figures and every answer to RUN/judged/.
+    Entries that cannot be used (broken line, missing image) are named and counted; more than --max_bad of them end the judging. See
+    docs/judging.md.
 
     Any setting of the run can be changed: --evaluation.route=trained --evaluation.guidance=3 --seed=1
     """

@@ -1,4 +1,4 @@
-"""The commands under `megavlm data` that make tokenizers and use them."""
+"""The commands under `megavlm data` that train tokenizers and use them."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from megavlm.errors import ConfigError
 
 
 class TokenizerCommands:
-    """Mixed into the commands of `megavlm data`."""
+    """A part of the commands of `megavlm data`, which inherit from it."""
 
     def tokenizer(self, shards, out: str, vocab_size: Positive = 32000, format: str = "megavlm"):
         """Train a SentencePiece model on texts.
@@ -19,7 +19,7 @@ class TokenizerCommands:
         Args:
             shards: Path or URL of shards, braces expand; or text files (.txt), one text per line.
             out: The .model file to write.
-            vocab_size: Upper bound of its size.
+            vocab_size: Most pieces of the model.
             format: How samples are written.
         """
         from megavlm.data.read.shards import expand_shards
@@ -70,12 +70,12 @@ class TokenizerCommands:
             pixels: Height of the images: 2, 4, 8, 16 or 32 times the rows of codes.
             steps: Optimizer steps.
             batch_images: Images per step.
-            learning_rate: Its peak.
+            learning_rate: Peak of the learning rate.
             channels: Width of the network, a multiple of 32.
-            max_images: Images that are read at most.
-            seed: Of weights and order.
+            max_images: Most images to read.
+            seed: Seed of weights and data order.
             format: How samples are written.
-            device: cpu or cuda; what is there if not given.
+            device: cpu or cuda; by default cuda where there is a GPU.
         """
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.tools.images import read_images
@@ -86,17 +86,17 @@ class TokenizerCommands:
         print(json.dumps(train_tokenizer(read_images(urls, source_of(format)), Path(str(out)), plan, device or _devices()[0]), indent=1))
 
     def encode(self, shards, out: str, tokenizer: str, height: NotNegative = 0, width: NotNegative = 0, processes: NotNegative = 0):
-        """Turn raw shards into pre-tokenised ones: every image becomes codes, all else stays. Goes on where it was interrupted.
+        """Turn raw shards into pre-tokenised ones: every image becomes codes, all else stays. A second start resumes.
 
             megavlm data encode "data/shapes/{generation,understanding}-train-{0000..0019}.tar" data/shapes/codes --tokenizer=data/shapes/vq
 
         Args:
             shards: Path or URL of tars, braces expand.
             out: Folder to write to: shards of the same names, an index beside each, and image_tokenizer.json.
-            tokenizer: Folder of a VQ model, or a recipe whose image tokenizer to take.
-            height: Rows of codes, with a folder; a Janus model has a default.
-            width: Columns of codes, with a folder.
-            processes: Shards that are encoded at a time; 0 is one per GPU, or one per core without a GPU.
+            tokenizer: Folder of a VQ model, or a recipe with an image tokenizer.
+            height: Rows of codes, if a folder is given; a Janus model has a default.
+            width: Columns of codes, if a folder is given.
+            processes: Shards that are encoded at the same time; 0 is one per GPU, or one per core without a GPU.
         """
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.tools.tokenize import encode_shards

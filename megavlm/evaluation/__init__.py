@@ -1,1 +1,1 @@
-"""What a trained model can do: sampling with a cache, and metrics of understanding and generation."""
+"""Evaluation of a trained model: sampling with a cache, and metrics of understanding and generation."""

@@ -1,4 +1,4 @@
-"""Benchmarks: what each asks of a model and how it judges the answer. One of your own is a class, named in the recipe as ``module:Class``."""
+"""Benchmarks: their questions, requests and judges. A benchmark of your own is a class that the recipe names as ``module:Class``."""
 
 import importlib
 from typing import Any, Protocol
@@ -21,19 +21,19 @@ class Benchmark(Protocol):
     questions: list[Sample]
     """Samples to read: their ``meta`` has the right ``answer`` and all ``choices``, and may have a ``split`` and a ``kind``."""
     requests: list[str]
-    """What to draw."""
+    """Prompts of the drawings."""
 
     def __init__(self, samples: list[Sample], num_drawings: int, image_tokenizer: ImageTokenizer): ...
 
     def judge(self, images_NHWC: np.ndarray) -> dict[str, Any]:
-        """What the drawings of the requests, in their order, are worth as uint8 RGB images: plain numbers, for JSON."""
+        """Judge the drawings of the requests, uint8 RGB images in the same order. Returns plain numbers, for JSON."""
 
 
 def find_benchmark(name: str) -> type[Benchmark]:
     """The class of a benchmark by its name, or by ``module:Class``.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such benchmark.
     """
     module, _, attribute = BENCHMARKS.get(name, name).partition(":")
     try:

@@ -28,10 +28,10 @@ def mean_and_covariance(features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 class Moments:
-    """Mean and covariance of features that come in batches.
+    """Mean and covariance of features that arrive in batches.
 
     Args:
-        origin_D: Something near the mean, such as that of the real features: sums are taken around it, so that nothing cancels.
+        origin_D: A point near the mean, such as the mean of the real features. Sums are taken around it, against cancellation.
     """
 
     def __init__(self, origin_D: np.ndarray):

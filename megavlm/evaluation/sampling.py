@@ -1,4 +1,4 @@
-"""Drawing images with guidance, and answering in text. Each takes the routing plan to follow: dense, or that of the training."""
+"""Draws images with guidance, and answers in text. Both follow a routing plan: dense, or that of the training."""
 
 from collections.abc import Callable, Sequence
 
@@ -30,12 +30,12 @@ def draw_images(
 
     Args:
         model: A backbone, or an engine around one.
-        encoder: Of the model's vocabulary and images.
+        encoder: Encoder with the model's vocabulary and image tokenizer.
         prompts: What to draw.
-        costing: Of the routing plan to follow.
+        costing: Costing of the routing plan to follow.
         device: Where the model is.
-        seed: Of the sampling.
-        temperature: Of the softmax.
+        seed: Seed of the sampling.
+        temperature: Temperature of the softmax.
         top_k: Draw among the k most likely codes; 0 is all.
         guidance: 1 is none.
 
@@ -84,11 +84,11 @@ def answer(
 
     Args:
         model: A backbone, or an engine around one.
-        encoder: Of the model's vocabulary.
-        prompts: Questions with their images, nothing of the answer.
-        costing: Of the routing plan to follow.
+        encoder: Encoder with the model's vocabulary.
+        prompts: Questions with their images, without the answer.
+        costing: Costing of the routing plan to follow.
         device: Where the model is.
-        max_tokens: Longest answer.
+        max_tokens: Most tokens of an answer.
     """
     vocabulary = encoder.vocabulary
     lengths = [prompt.num_tokens for prompt in prompts]

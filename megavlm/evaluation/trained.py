@@ -36,20 +36,20 @@ class EvaluationConfig(Settings):
     guidance: Annotated[Number, Field(ge=0, le=1000)] = 1.0
     """Classifier-free guidance scale; 1 is none."""
     route: Literal["dense", "trained"] = "dense"
-    """Which tokens are active when the model is judged or draws: `dense` is all; `trained` follows the policies of the training, in full."""
+    """Which tokens are active when the model is judged or draws: `dense` is all; `trained` is the policies of the training, in full."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The weights of one checkpoint, and all that is needed to ask them."""
+    """The weights of one checkpoint, with everything that is needed to use them."""
 
     folder: RunFolder
-    """Of the run; results go there."""
+    """The run folder; results go there."""
     checkpoint: Path
     backbone: Backbone
     encoder: Encoder
     costing: Costing
-    """Of the route that ``evaluation.route`` asks for."""
+    """Costing of the route that ``evaluation.route`` names."""
     device: torch.device
     config: EvaluationConfig
     seed: int
@@ -64,7 +64,7 @@ class TrainedModel:
 
         Args:
             prompts: What to draw.
-            coordinates: Name the random numbers, beside the run's seed.
+            coordinates: Name the stream of random numbers, together with the run's seed.
         """
         config = self.config
         return draw_images(

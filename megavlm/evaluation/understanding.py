@@ -1,6 +1,6 @@
 """Understanding: does the model give the right answer about an image?
 
-A sample can be judged if its ``meta`` has the right ``answer``, and for scoring the ``choices``.
+A sample can be judged if its ``meta`` has the right ``answer``. Scoring also needs the ``choices``.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ BATCH_SAMPLES = 128
 
 @torch.no_grad()
 def sample_losses(backbone: Backbone, samples: Sequence[EncodedSample], costing: Costing, device) -> np.ndarray:
-    """The summed cross-entropy of each sample's labelled tokens ``[len(samples)]``: minus its log-likelihood."""
+    """The summed cross-entropy of each sample's labelled tokens ``[len(samples)]``, which is minus its log-likelihood."""
     losses = []
     for begin in range(0, len(samples), BATCH_SAMPLES):
         batch = list(samples[begin : begin + BATCH_SAMPLES])
@@ -36,7 +36,7 @@ def sample_losses(backbone: Backbone, samples: Sequence[EncodedSample], costing:
 
 
 def task_losses(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device) -> dict[str, float]:
-    """Task → mean cross-entropy per labelled token of its samples, in nats: what the training minimises, on held-out samples."""
+    """Task → mean cross-entropy per labelled token of its samples, in nats: the training's objective, on held-out samples."""
     encoded = [encoder(sample) for sample in samples]
     losses = sample_losses(backbone, encoded, costing, device)
     labels, tasks = np.array([sample.has_loss.sum() for sample in encoded]), np.array([sample.task for sample in encoded])

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from megavlm.evaluation.sets.entries import BadEntries, Item, read_entries
 
 SIGMA = 6.0
-"""Words by which a caption may differ in length before CIDEr-D falls: the width of its Gaussian."""
+"""Width of CIDEr-D's Gaussian in the difference of lengths, in words."""
 MAX_N = 4
 
 
@@ -31,7 +31,7 @@ class Captioned(BaseModel):
 
 
 def read_captions(path: Path, prompt: str, bad: BadEntries) -> list[Item]:
-    """The images of a set; ``prompt`` is what the model is asked about each."""
+    """The images of a set; ``prompt`` is asked about each."""
     return [Item(where, prompt, entry.captions, entry.image, entry.group) for where, entry in read_entries(path, Captioned, bad)]
 
 
@@ -47,9 +47,9 @@ def _grams(tokens: list[str], n: int) -> Counter:
 def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> float:
     """BLEU-4 of a set, from 0 to 1 (Papineni et al. 2002), without smoothing.
 
-    exp(min(0, 1 - r/c)) · (p1 p2 p3 p4)^¼. p_n: n-grams of all candidates that stand in a reference of theirs, each counted as often as
-    in the reference that has it most, over all n-grams of all candidates. c: words of all candidates; r: of the references that are closest
-    in length to each, the shorter one if two are.
+    exp(min(0, 1 - r/c)) · (p1 p2 p3 p4)^¼. p_n is a share of the n-grams of all candidates: those that occur in a reference, each
+    counted at most as often as in the reference that has it most. c: words of all candidates. r: words of the references closest in
+    length, one per candidate; the shorter one if two are equally close.
 
     Args:
         candidates: Words of one caption per image.
@@ -78,8 +78,8 @@ def cider_d(candidates: list[list[str]], references: list[list[list[str]]]) -> l
 
         10/m · Σ_j exp(-(l_c - l_j)² / 2σ²) · min(g_c, g_j) · g_j / (|g_c| |g_j|)       σ = 6, l in words, m references
 
-    averaged over n, without stemming. Counts are not divided by the caption's length, as in the published scorer: in the paper's
-    unclipped CIDEr the length cancels, under the minimum it would not. With one image every weight is log 1 = 0, and so is the score.
+    averaged over n, without stemming. As in the published scorer, counts are not divided by the caption's length: in the paper's unclipped
+    CIDEr the length cancels, but under the minimum it would not. With one image every weight is log 1 = 0, and so is the score.
     """
     scores = [0.0] * len(candidates)
     for n in range(1, MAX_N + 1):
@@ -102,7 +102,7 @@ def _weighted(tokens: list[str], n: int, images_with: Counter, num_images: int) 
 
 
 class CaptionScore:
-    """BLEU-4 and CIDEr-D; they need the whole set, so single captions get no figure on the way."""
+    """BLEU-4 and CIDEr-D; they need the whole set, so single captions get no verdict."""
 
     def __init__(self):
         self._candidates: list[list[str]] = []

@@ -1,7 +1,6 @@
-"""Sets in local files: their entries, their images, and the account of what is wrong with some of them.
+"""Sets in local files: their entries, their images, and a list of unusable entries.
 
-A set is JSON lines, a JSON list, or a JSON object of id → entry. Which one is seen from the content: many published ``.json`` files are
-lines.
+A set is JSON lines, a JSON list, or a JSON object of id → entry. The content tells which, because many published ``.json`` files are lines.
 """
 
 import json
@@ -32,7 +31,7 @@ class Item:
     prompt: str
     """The question or request."""
     truth: Any
-    """What the scorer compares with."""
+    """The right answer, or what the scorer compares with."""
     image: str = ""
     """Path of the image below the set's image folder; empty for drawings."""
     group: str = ""
@@ -44,7 +43,7 @@ class BadEntries:
 
     Args:
         file: The set.
-        limit: More than so many end the judging.
+        limit: Most unusable entries; one more ends the judging.
     """
 
     def __init__(self, file: Path, limit: int):
@@ -66,10 +65,10 @@ class BadEntries:
 
 
 def load_json(path: Path) -> Any:
-    """A JSON document, or the list of a file's non-empty lines as bytes where it is no document but lines.
+    """The JSON document of a file, or its non-empty lines as a list of bytes where it is JSON lines.
 
     Raises:
-        MegavlmError: If the file is not there.
+        MegavlmError: If the file does not exist.
     """
     try:
         content = path.read_bytes()
@@ -125,10 +124,10 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def find_function(name: str, option: str) -> Callable:
-    """The function that ``module:function`` or ``file.py:function`` means.
+    """The function that ``module:function`` or ``file.py:function`` names.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such function.
     """
     module, _, function = name.rpartition(":")
     try:

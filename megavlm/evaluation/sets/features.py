@@ -1,7 +1,7 @@
-"""Drawings seen through a network of the user's: FID against features of real images, CLIP score against the prompts.
+"""Scores of drawings with a network of the user's: FID against features of real images, CLIP score against the prompts.
 
-megavlm ships no network. A feature function takes images, uint8 RGB ``[N, H, W, 3]``, or a list of N texts, and gives ``[N, D]``. Figures
-are comparable with published ones if it is the same network with the same preprocessing (for FID the pool features of Inception v3).
+megavlm ships no network. A feature function takes images, uint8 RGB ``[N, H, W, 3]``, or a list of N texts, and returns ``[N, D]``. Figures
+are comparable with published ones if the network is the same with the same preprocessing (for FID the pool features of Inception v3).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ CLIP_WEIGHT = 2.5
 
 
 class Prompt(BaseModel):
-    """What to draw."""
+    """One prompt to draw."""
 
     prompt: str = Field(min_length=1, validation_alias=AliasChoices("prompt", "caption", "text"))
 
@@ -57,7 +57,7 @@ def real_moments(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def call_features(function: Callable, inputs, num: int, option: str) -> np.ndarray:
-    """Call a feature function and check what it gives: float64 ``[num, D]``."""
+    """Call a feature function and check its result: float64 ``[num, D]``."""
     features = np.asarray(function(inputs), np.float64)
     if features.ndim != 2 or len(features) != num or not np.isfinite(features).all():
         raise MegavlmError(
@@ -89,7 +89,7 @@ class FidScore:
         return [{} for _ in items]
 
     def result(self) -> dict[str, Any]:
-        """The distance; None for a single drawing. Below ``feature_width`` drawings their covariance is singular: no figure to publish."""
+        """The distance; None for a single drawing. Publish none of fewer than ``feature_width`` drawings: their covariance is singular."""
         fid = frechet_distance(*self._drawn.result(), *self.real) if self._drawn.count > 1 else None
         return {"fid": fid, "feature_width": len(self.real[0])}
 

@@ -30,7 +30,7 @@ NUM_SHOWN = 40
 
 
 class Score(Protocol):
-    """What turns answers or drawings into figures."""
+    """Turns answers or drawings into figures."""
 
     def add(self, items: list[Item], outputs) -> list[dict[str, Any]]:
         """Take a batch of answers (texts) or drawings (uint8 ``[N, H, W, 3]``); a verdict on each, as JSON."""
@@ -44,10 +44,10 @@ class Judge:
 
     Args:
         model: The model.
-        kind: Of the set: part of the names of the files that are written.
-        bad: Where unusable entries are counted, those found by the reader included.
+        kind: Kind of the set; part of the names of the written files.
+        bad: Counts unusable entries, those found by the reader included.
         batch_size: Questions or drawings at a time.
-        settings: Kept with the result.
+        settings: Settings to note in the result.
     """
 
     def __init__(self, model: TrainedModel, kind: str, bad: BadEntries, batch_size: int, settings: dict[str, Any]):
@@ -55,7 +55,7 @@ class Judge:
         self.stem = model.folder.path / "judged" / f"{kind}-{bad.file.stem}"
 
     def read(self, items: list[Item], images: Path, max_tokens: int, score: Score) -> dict[str, Any]:
-        """Ask the model about images, which lie below the folder ``images``; greedy answers of at most ``max_tokens`` tokens."""
+        """Ask the model about images in the folder ``images``. Answers are greedy, with at most ``max_tokens`` tokens."""
         model = self.model
 
         def respond(batch: list[tuple[Item, EncodedSample]]):
@@ -65,7 +65,7 @@ class Judge:
         return self._run(self._with_images(items, images), respond, score)
 
     def draw(self, items: list[Item], num_per_prompt: int, score: Score) -> dict[str, Any]:
-        """Draw every prompt so many times, as the recipe's ``evaluation`` says; a batch's seed follows from its place."""
+        """Draw every prompt ``num`` times, as the recipe's ``evaluation`` says. The seed of a batch follows from its place."""
         model = self.model
         shown: list[tuple[str, np.ndarray]] = []
         num_drawn = 0
@@ -90,7 +90,7 @@ class Judge:
     def _with_images(self, items: list[Item], images: Path) -> Iterator[tuple[Item, EncodedSample]]:
         """Items with their prompts for the model; those whose image cannot be used are counted as bad."""
         for number, item in enumerate(track(items, f"{self.kind} {self.bad.file.name}", console=Console(stderr=True))):
-            # an answer stands where the model's will be; prompt() takes it away
+            # a stand-in for the model's answer; prompt() removes it
             segments = (Segment(image="image"), Segment(text=item.prompt), Segment(text="?", loss=True))
             try:
                 image = {"image": read_image(images / item.image)}

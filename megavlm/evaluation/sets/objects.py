@@ -1,11 +1,11 @@
-"""Are the objects there that were asked for? GenEval's checks (Ghosh et al. 2023) with a detector of the user's.
+"""Are the requested objects in a drawing? GenEval's checks (Ghosh et al. 2023) with a detector of the user's.
 
     {"tag": "position", "prompt": "a red dog left of two cats",
      "include": [{"class": "cat", "count": 2}, {"class": "dog", "color": "red", "position": ["left of", 0]}],
      "exclude": [{"class": "cat", "count": 3}]}
 
-A wanted object's position is relative to the wanted object of that number, an earlier one. The detector is a function: an image, uint8
-RGB ``[H, W, 3]``, to a list of ``{"class", "box": [x0, y0, x1, y1], "score", "color"}``; the colour may be left out.
+The position of an object is relative to the object with that number, an earlier one. The detector is a function. It takes an image, uint8
+RGB ``[H, W, 3]``, and returns a list of ``{"class", "box": [x0, y0, x1, y1], "score", "color"}``; the colour is optional.
 """
 
 import math
@@ -22,7 +22,7 @@ from megavlm.evaluation.sets.entries import BadEntries, Item, read_entries
 
 Direction = Literal["left of", "right of", "above", "below"]
 GAP = 0.1
-"""Two objects are apart in a direction by so much of the sum of their widths (heights), or not at all."""
+"""Least distance in a direction, as a share of the sum of the two widths (heights)."""
 
 
 class Wanted(BaseModel):
@@ -46,7 +46,7 @@ class Unwanted(BaseModel):
 
 
 class Request(BaseModel):
-    """A prompt and what its drawing must show."""
+    """A prompt, and what its drawing must show."""
 
     prompt: str
     include: list[Wanted] = Field(min_length=1)
@@ -78,10 +78,10 @@ def read_requests(path: Path, bad: BadEntries) -> list[Item]:
 
 
 def directions(a: Detection, b: Detection) -> set[str]:
-    """Where ``a`` is, seen from ``b``.
+    """The directions in which ``a`` lies, seen from ``b``.
 
-    The offset of the centres, shortened per axis by `GAP` times the sum of the two sizes, is in a direction if it makes up more
-    than half of the whole offset there.
+    The offset of the centres is shortened per axis by `GAP` times the sum of the two sizes. A direction counts if the shortened offset
+    there is more than half of the whole offset.
     """
     offset, left = [], []
     for low, high in ((0, 2), (1, 3)):
@@ -97,10 +97,10 @@ def directions(a: Detection, b: Detection) -> set[str]:
 
 
 def mistakes(found: list[Detection], request: Request) -> list[str]:
-    """What is wrong with a drawing, in words; nothing if it is right.
+    """The mistakes of a drawing, in words; empty if it is right.
 
-    Of a wanted class the ``count`` most certain objects are looked at: all of them must have the colour, and the position towards each
-    of the objects that they are placed by.
+    For a requested class, the ``count`` most certain objects are checked. All of them must have the colour, and the position relative
+    to each of the objects that they are placed by.
     """
     by_kind, groups, wrong = defaultdict(list), [], []
     for detection in sorted(found, key=lambda detection: -detection.score):
@@ -128,7 +128,7 @@ class ObjectScore:
 
     Args:
         detect: The detector.
-        min_score: Detections that are less certain are left out.
+        min_score: Detections with a lower score are left out.
         min_score_counting: The same for the tag ``counting``, where a doubtful object counts as one too many.
     """
 
@@ -139,10 +139,10 @@ class ObjectScore:
         self._right: dict[str, list[bool]] = defaultdict(list)
 
     def add(self, items: list[Item], images_NHWC: np.ndarray) -> list[dict[str, Any]]:
-        """What is wrong with each drawing.
+        """The mistakes of each drawing.
 
         Raises:
-            MegavlmError: If the detector gives something else than detections.
+            MegavlmError: If the detector returns anything but detections.
         """
         verdicts = []
         for item, image in zip(items, images_NHWC):

@@ -52,10 +52,10 @@ def read_questions(path: Path, annotations: Path | None, image_name: str, templa
     Args:
         path: Questions, with their answers unless ``annotations`` has them.
         annotations: VQA's file of annotations.
-        image_name: Pattern of file names, filled with the image's id or name: ``COCO_val2014_{:012d}.jpg``; empty takes the name as it
-            stands or, for VQA, COCO's own pattern.
-        template: What the model is asked, with ``{question}``.
-        bad: Takes what cannot be used.
+        image_name: Pattern that makes a file name of the image's id or name: ``COCO_val2014_{:012d}.jpg``. Empty takes the name itself or,
+            for VQA, COCO's own pattern.
+        template: The prompt, with ``{question}``.
+        bad: Counts unusable entries.
     """
     if annotations is None:
         entries = read_entries(path, Question, bad)
@@ -91,8 +91,9 @@ def _with_annotations(path: Path, annotations: Path, image_name: str, bad: BadEn
 def normalise(answer: str) -> str:
     """An answer as VQA compares it (Antol et al. 2015; visualqa.org/evaluation).
 
-    Lower case; periods go unless they are decimal points, commas between digits go; other punctuation but apostrophe and colon becomes a
-    space; articles go; number words up to ten become digits (``none`` is 0); contractions get their apostrophe.
+    Lower case. Periods are removed unless they are decimal points; commas between digits and articles are removed. Other punctuation
+    becomes a space, except apostrophe and colon. Number words up to ten become digits (``none`` is 0). Contractions get their
+    apostrophe.
     """
     text = answer.lower().replace("’", "'")
     text = re.sub(r"(?<=\d),(?=\d)|\.(?!\d)", "", text)
@@ -104,14 +105,14 @@ def normalise(answer: str) -> str:
 def vqa_score(given: str, answers: list[str]) -> float:
     """min(number of agreeing people / 3, 1), averaged over the ten sets of nine people (Antol et al. 2015).
 
-    One that agrees is worth 0.3, two 0.6, three 0.9, four or more 1.
+    One agreeing person gives 0.3, two give 0.6, three 0.9, four or more 1.
     """
     agrees = [normalise(answer) == normalise(given) for answer in answers]
     return sum(min((sum(agrees) - left_out) / 3, 1) for left_out in agrees) / len(agrees)
 
 
 def exact_match(given: str, answers: list[str]) -> bool:
-    """Whether an answer, normalised, is one of the most frequent of the right ones: any of different ones, the usual one of ten."""
+    """Whether an answer, normalised, is one of the most frequent right ones."""
     counts = Counter(normalise(answer) for answer in answers)
     return counts[normalise(given)] == max(counts.values())
 
@@ -124,7 +125,7 @@ class VqaScore:
         self._soft: dict[str, list[float]] = defaultdict(list)
 
     def add(self, items: list[Item], answers: list[str]) -> list[dict[str, Any]]:
-        """What each answer is worth."""
+        """The scores of each answer."""
         verdicts = []
         for item, given in zip(items, answers):
             verdict = {"answer": given, "exact_match": exact_match(given, item.truth)}

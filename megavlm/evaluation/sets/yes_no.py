@@ -1,4 +1,4 @@
-"""Is it there? Questions answered by yes or no, as in POPE (Li et al. 2023), which asks for objects that are and are not in an image.
+"""Questions answered by yes or no, as in POPE (Li et al. 2023), which asks about objects that are or are not in an image.
 
 {"image": "1.jpg", "text": "Is there a dog in the image?", "label": "no"}
 """
@@ -31,7 +31,7 @@ def read_yes_no(path: Path, template: str, bad: BadEntries) -> list[Item]:
 
 
 def yes_or_no(answer: str) -> str:
-    """What an answer says: the first of its words that decides (``not`` and ``isn't`` are a no), or ``unclear``."""
+    """The meaning of an answer: its first word that means yes or no (``not`` and ``isn't`` mean no), or ``unclear``."""
     for word in re.findall(r"[\w']+", answer.lower().replace("’", "'")):
         if word == "yes":
             return "yes"
@@ -43,8 +43,8 @@ def yes_or_no(answer: str) -> str:
 def figures(counts: Counter) -> dict[str, Any]:
     """Figures from counts of (label, said).
 
-    ``yes`` is the positive class, as in POPE. An unclear answer is wrong, and is neither a yes nor a no. A quotient without anything to
-    divide by is 0.
+    ``yes`` is the positive class, as in POPE. An unclear answer is wrong, and is neither a yes nor a no. A quotient with a
+    denominator of 0 is 0.
     """
     total = counts.total()
     true_yes, said_yes = counts["yes", "yes"], counts["yes", "yes"] + counts["no", "yes"]
@@ -68,7 +68,7 @@ class YesNoScore:
         self._counts: dict[str, Counter] = defaultdict(Counter)
 
     def add(self, items: list[Item], answers: list[str]) -> list[dict[str, Any]]:
-        """What each answer says and whether it is right."""
+        """The meaning of each answer, and whether it is right."""
         said = [yes_or_no(answer) for answer in answers]
         for item, word in zip(items, said):
             self._counts[item.group][item.truth, word] += 1
