@@ -9,6 +9,10 @@ class ConfigError(MegavlmError):
     """A recipe or an override is wrong. Carries every mistake found, one per line."""
 
 
+class LostProcess(MegavlmError):
+    """A process that this one depends on is gone; the run can go on from its newest checkpoint."""
+
+
 class DataError(MegavlmError):
     """A sample or a shard is wrong.
 

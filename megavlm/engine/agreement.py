@@ -36,12 +36,18 @@ class Wishes:
         run: The run folder, where ``save`` and ``stop`` may appear.
         needed_s: How long it would now take to come to the next decision and to write a checkpoint.
         end_time_s: When the job is killed, seconds since the epoch; None if it is not known.
+        timeout_s: No rank waits longer for the others' wishes.
     """
 
-    def __init__(self, world: World, run: Path, needed_s: Callable[[], float], end_time_s: float | None):
-        self.world, self.run, self.needed_s, self.end_time_s = world, run, needed_s, end_time_s
-        self._group = new_host_group(timeout_s=3600)
-        self._stop_wished, self._looked_s, self._save_wished = Wish.NOTHING, 0.0, False
+    def __init__(self, world: World, run: Path, needed_s: Callable[[], float], end_time_s: float | None, timeout_s: float):
+        self.world = world
+        self.run = run
+        self.needed_s = needed_s
+        self.end_time_s = end_time_s
+        self._group = new_host_group(timeout_s)
+        self._stop_wished = Wish.NOTHING
+        self._looked_s = 0.0
+        self._save_wished = False
 
     def agree(self, step_ends: bool) -> Wish:
         """The strongest wish of any rank. Called by all ranks together.
@@ -80,5 +86,6 @@ class Wishes:
                     self._save_wished = True
                 else:
                     self._stop_wished = max(self._stop_wished, Wish.STOP)
-        if self.end_time_s is not None and self.left_s < self.needed_s():
+        left_s = self.left_s
+        if left_s is not None and left_s < self.needed_s():
             self._stop_wished = Wish.INTERRUPT

@@ -28,7 +28,8 @@ class FaultConfig(Settings):
     max_skipped_in_a_row: Positive = 10
     """The run ends when this many steps in a row were skipped."""
     step_budget_s: Seconds = 1800
-    """Until the first step is done, the watchdog ends a step that takes longer, and writes the stacks of all ranks."""
+    """Until the first step is done, the watchdog ends a step that takes longer, and writes the stacks of all ranks. At most four fifths of
+    `engine.timeout_s`, and later of `engine.step_timeout_s`."""
     steady_step_budget_factor: Annotated[Number, Field(gt=1, le=1e6)] = 20.0
     """After the first step the budget is this many times the slowest of the last steps: at least a minute, at most `step_budget_s`."""
 

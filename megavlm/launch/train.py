@@ -8,12 +8,13 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megavlm.config import RunConfig, load_config, run_dir_of
 from megavlm.engine import signals
-from megavlm.errors import MegavlmError
+from megavlm.errors import LostProcess, MegavlmError
 from megavlm.runs.exits import Exit, LastWord, RunEnded
 from megavlm.system.files import DamagedFile, read_json, write_atomically
 from megavlm.system.harmless import harmless
@@ -32,10 +33,10 @@ def train(recipe: str, overrides: dict[str, Any]) -> None:
         MegavlmError: For mistakes of the user.
         SystemExit: With the status of `Exit` if the run ends before its last step.
     """
-    signals.listen()
     # a loop on that file must not take an earlier start's word for this one's, even if the recipe is refused
     last_word = LastWord(run_dir_of(recipe, overrides))
     last_word.forget()
+    signals.listen(partial(_leave_and_end, last_word, Exit.ABANDONED))
     try:
         config = load_config(recipe, overrides)
         from megavlm.runs.folder import RunFolder
@@ -63,15 +64,15 @@ def train(recipe: str, overrides: dict[str, Any]) -> None:
                 last_word.leave(code)
         if code == Exit.DONE:
             distributed.stop()
+    except LostProcess as error:
+        log.error(error)
+        _leave_and_end(last_word, Exit.LOST)
     except MegavlmError:
         last_word.leave(Exit.MISTAKE)
         raise
     except Exception as error:
         traceback.print_exc()
-        # a rank whose neighbour vanished says nothing: the neighbour, or SLURM, knows why
-        if not lost_a_peer(error):
-            last_word.leave(1)
-        _end_at_once(1)
+        _leave_and_end(last_word, Exit.LOST if is_a_loss(error) else 1)
     if code != Exit.DONE:
         # not by way of the interpreter: that would wait for threads, and a launcher kills the ranks that are last
         _end_at_once(code)
@@ -95,14 +96,27 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
     return Trainer(resolve(config, RunFolder(config.run_dir), world), world, [Instruments(), Drawings()])
 
 
-def lost_a_peer(error: Exception) -> bool:
-    """Whether an error only says that another process is gone."""
+def is_a_loss(error: Exception) -> bool:
+    """Whether an error only says that another process, the network or the device is gone: another start may well go on.
+
+    A device's memory that does not suffice, and an assertion that fails on it, are errors of what was asked of it.
+    """
+    import torch
     from torch import distributed
 
-    if isinstance(error, distributed.DistError):
+    if isinstance(error, torch.OutOfMemoryError) or "device-side assert" in str(error):
+        return False
+    if isinstance(error, (distributed.DistError, torch.AcceleratorError)):
         return True
     text = "".join(traceback.format_exception(error))
-    return isinstance(error, RuntimeError) and bool(re.search(r"gloo|NCCL|Connection (closed|reset|refused)", text))
+    signs = r"gloo|NCCL|Connection (closed|reset|refused)|CUDA error|CUDA driver error|cuDNN error|CUBLAS_STATUS_|ECC error"
+    return isinstance(error, RuntimeError) and bool(re.search(signs, text))
+
+
+def _leave_and_end(last_word: LastWord, code: int) -> NoReturn:
+    """End at once with a status; a rank that had a word before this one keeps it: its neighbours only know that it is gone."""
+    last_word.leave(code)
+    _end_at_once(code)
 
 
 def _end_at_once(code: int) -> NoReturn:

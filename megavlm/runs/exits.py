@@ -19,6 +19,8 @@ class Exit(IntEnum):
     """The recipe, the data or the run folder is wrong: the same start would fail again."""
     DIVERGED = 70
     """Too many steps in a row were skipped."""
+    LOST = 71
+    """A process, its device or the network failed. Continue the run, but not for ever."""
     SUPERSEDED = 73
     """A newer start of the run owns its folder."""
     HUNG = 74
@@ -26,7 +28,9 @@ class Exit(IntEnum):
     INTERRUPTED = 75
     """SIGUSR1 or the time limit; there is a checkpoint. Continue the run."""
     STOPPED = 76
-    """SIGTERM or RUN/stop; there is a checkpoint. Do not continue by yourself."""
+    """SIGTERM, Ctrl-C or RUN/stop; there is a checkpoint. Do not continue by yourself."""
+    ABANDONED = 130
+    """Ctrl-C twice: ended at once, nothing was saved. Do not continue by yourself."""
 
 
 class RunEnded(Exception):

@@ -33,10 +33,12 @@ ENDED = {
     Exit.DONE: "done",
     Exit.MISTAKE: "ended: the recipe, the data or the run folder is wrong",
     Exit.DIVERGED: "ended: too many skipped steps in a row",
+    Exit.LOST: "ended: a process, its device or the network failed; to be continued",
     Exit.SUPERSEDED: "ended: a newer start took over",
     Exit.HUNG: "ended by the watchdog: a step exceeded its budget",
     Exit.INTERRUPTED: "interrupted, to be continued",
     Exit.STOPPED: "stopped on request",
+    Exit.ABANDONED: "ended by Ctrl-C twice; nothing was saved",
 }
 
 

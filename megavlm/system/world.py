@@ -100,7 +100,8 @@ def start(timeout_s: int) -> World:
     os.environ.update(place)
     local_rank = int(place.get("LOCAL_RANK", 0))
     has_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+    # a launcher may show each process its own device only
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if has_cuda else torch.device("cpu")
     if has_cuda:
         torch.cuda.set_device(device)
     else:
@@ -110,17 +111,27 @@ def start(timeout_s: int) -> World:
     return World(int(place["RANK"]), int(place["WORLD_SIZE"]), local_rank, device)
 
 
+_host_groups: set[str] = set()
+"""Names of those that `new_host_group` has made."""
+
+
 def new_host_group(timeout_s: float) -> distributed.ProcessGroup:
     """All processes, talking over gloo from host memory: nothing in it waits for a GPU. Called by all ranks together."""
     group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    assert isinstance(group, distributed.ProcessGroup)
+    assert isinstance(group, distributed.ProcessGroup)  # every rank is a member
+    _host_groups.add(group.group_name)
     return group
 
 
 def set_timeout(timeout_s: float) -> None:
-    """From now on a collective of the default process group may take only so long."""
-    # torch has no public name for this; torchtitan uses the same one
-    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), distributed.group.WORLD)
+    """From now on a collective may take only so long: in every group, for ZeRO talks over a clone of the default one that DeepSpeed makes.
+
+    The groups of `new_host_group` keep their own.
+    """
+    # torch has no public names for these; torchtitan uses the same ones
+    for group in distributed.distributed_c10d._world.pg_map:
+        if group.group_name not in _host_groups:
+            distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def _free_port() -> int:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -39,9 +40,9 @@ from megavlm.parts.parts import Parts
 from megavlm.parts.resolve import keep
 from megavlm.randomness import Purpose, integer_seed
 from megavlm.routing.tasks import TASKS
-from megavlm.runs.exits import Exit, RunEnded
+from megavlm.runs.exits import Exit, LastWord, RunEnded
 from megavlm.runs.folder import RunFolder
-from megavlm.runs.manifest import checkpoints_in
+from megavlm.runs.manifest import checkpoints_in, folder_name
 from megavlm.runs.status import write_status
 from megavlm.system.harmless import harmless
 from megavlm.system.world import World, set_timeout
@@ -70,10 +71,19 @@ class Trainer:
         self.observers = observers
         self.folder = RunFolder(config.run_dir)
         self.lanes = lanes_of(world.rank, world.size, config.data.num_lanes)
-        self.watchdog = Watchdog(self.folder.hangs, world.rank, world.size, config.faults)
+        self.watchdog = Watchdog(
+            self.folder.hangs,
+            world.rank,
+            world.size,
+            faults=config.faults,
+            engine=config.engine,
+            last_word=LastWord(self.folder.path),
+        )
         self.checkpointer = Checkpointer(self.folder.checkpoints, world, config.checkpoint)
         self.guard = Guard(config.faults, world.device)
         self.engine = self._build_engine()
+        # of the groups that DeepSpeed has made, too
+        set_timeout(config.engine.timeout_s)
         self.meters = Meters(world, list(config.data.sources), parts.plan.bounds)
         self.stragglers = Stragglers(world, self.folder.stragglers)
         weights = [config.loss.task_weights.get(task, 1.0) for task in TASKS]
@@ -90,7 +100,8 @@ class Trainer:
         pin_memory = world.device.type == "cuda"
         self.loader = Loader(parts.make_lane, self.lanes, self.states, data.num_workers, data.prefetch_packs, pin_memory)
         self.board = Board(self.folder.tensorboard, self.step + 1, world.is_main)
-        self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job())
+        longest_s = max(config.engine.timeout_s, config.engine.step_timeout_s)
+        self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job(), longest_s)
         self.training = Training(parts, world, self.engine, self.folder, self.board)
         for observer in observers:
             observer.attach(self.training)
@@ -236,7 +247,7 @@ class Trainer:
         stall_s = self.checkpointer.save(self.step, self.engine, self.states, shared, metrics=self._reported, of_rank=of_rank)
         self.board.scalars({"checkpoint/stall_s": stall_s}, self.step)
 
-    def _save_and_end(self) -> None:
+    def _save_and_end(self) -> NoReturn:
         """Save what there is and leave: the last word of a run that was told to stop."""
         wish = self.wishes.agree(step_ends=False)
         left = "" if self.wishes.left_s is None else f", {self.wishes.left_s:.0f} s are left"
@@ -250,7 +261,17 @@ class Trainer:
         self._close()
         if saved and saved.error and code == Exit.STOPPED:  # who interrupts starts again, from the newest complete one
             raise OSError(f"the last checkpoint could not be written: {saved.error}")
-        raise RunEnded(code, f"{REASONS[wish]}: ended after step {self.step} of {self.parts.config.optimizer.num_steps}")
+        if not self.step:
+            what = "no step is complete, so there is nothing to save"
+        elif saved and saved.error:
+            what = "it could not be saved"
+        else:
+            what = f"it is saved in {self.folder.checkpoints / folder_name(self.step)}"
+        raise RunEnded(
+            code,
+            f"{REASONS[wish]}: ended after step {self.step} of {self.parts.config.optimizer.num_steps}; {what}\n"
+            "  do:    give the same command again to go on",
+        )
 
     def _finish(self) -> None:
         saved = self.checkpointer.close()

@@ -27,7 +27,7 @@ def test_a_refused_start_overwrites_what_an_earlier_one_left(tmp_path, monkeypat
     monkeypatch.setenv("MEGAVLM_EXIT_FILE", str(elsewhere))
     for file in (run / "exit_code", elsewhere):
         file.write_text("75\n")
-    monkeypatch.setattr(launch.signals, "listen", lambda: None)
+    monkeypatch.setattr(launch.signals, "listen", lambda _end: None)
     if not wrong:
         with pytest.raises(AssertionError, match="the shard does not exist"):
             run_ranks(1, train_in_a_rank, {"run_dir": str(run)}, str(elsewhere))
@@ -47,7 +47,7 @@ def train_in_a_rank(world, overrides, exit_file):
 
 def test_a_recipe_that_is_none(tmp_path, monkeypatch):
     """The run folder is known if the command line or the recipe names it."""
-    monkeypatch.setattr(launch.signals, "listen", lambda: None)
+    monkeypatch.setattr(launch.signals, "listen", lambda _end: None)
     monkeypatch.delenv("MEGAVLM_EXIT_FILE", raising=False)
     (tmp_path / "recipe.yaml").write_text(f"run_dir: {tmp_path}\nmodel: 3\n")
     (tmp_path / "broken.yaml").write_text("run_dir: [\n")

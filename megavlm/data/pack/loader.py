@@ -5,13 +5,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker, util
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from megavlm.data.pack.lane import Lane, State
 from megavlm.data.pack.pack import Pack
-from megavlm.errors import ConfigError, MegavlmError
+from megavlm.errors import ConfigError, LostProcess, MegavlmError
 
 DEAF_TO = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """A worker that dies of the job's warning signal takes the emergency checkpoint with it."""
@@ -54,9 +54,9 @@ class _Steps(IterableDataset):
 
 
 def _prepare_worker(_worker: int) -> None:
-    """Only the trainer's own SIGTERM ends a worker: its `multiprocessing` sends one to workers left over, and then waits for them for ever."""
-    # after all other finalizers: an interpreter that ends under the thread that feeds packs to the queue, in the middle of torch's C++, aborts,
-    # and the trainer takes that for a worker that was killed
+    """Only the trainer's own SIGTERM ends a worker: its `multiprocessing` sends one to workers left over, and waits for them for ever."""
+    # after all other finalizers: an interpreter that ends under the thread that feeds packs to the queue, in the middle of torch's C++,
+    # aborts, and the trainer takes that for a worker that was killed
     util.Finalize(None, os._exit, args=(0,), exitpriority=-100)
     signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
     trainer = os.getppid()
@@ -85,6 +85,21 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _deaths_told_by_the_queue() -> Iterator[None]:
+    """Keep torch from installing a handler of SIGCHLD.
+
+    It raises wherever the main thread happens to be when a worker dies, such as in a forward pass, and out of the collectives of all ranks.
+    Without it the death is found where a pack of that worker is waited for.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGCHLD, before)
+
+
 class Loader:
     """An iterator of steps: the packs of this rank's lanes in lane order, and the states after them.
 
@@ -104,7 +119,7 @@ class Loader:
         if self.num_workers:
             lanes_per_worker = -(-len(lanes) // self.num_workers)
             options = {"prefetch_factor": -(-prefetch_packs // lanes_per_worker), "multiprocessing_context": "spawn"}
-        with _signals_blocked():
+        with _signals_blocked(), _deaths_told_by_the_queue():
             self._parts = iter(
                 DataLoader(
                     _Steps(make_lane, lanes, states),
@@ -141,7 +156,7 @@ class Loader:
         except RuntimeError as error:
             if not any(sign in str(error) for sign in ("exited unexpectedly", "killed by signal")):
                 raise
-            raise MegavlmError(
+            raise LostProcess(
                 f"a loader worker has died: {error}\n"
                 "  do:    look for a lack of memory (data.num_workers, data.prefetch_packs), and start again: "
                 "nothing is lost but the steps since the last checkpoint"
