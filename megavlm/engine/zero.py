@@ -20,8 +20,8 @@ class EngineConfig(Settings):
     deepspeed: PathText = "zero3"
     """Name of a JSON file in `ds_configs/`, or a path. Batch sizes, precision and clipping are set by the recipe."""
     timeout_s: Seconds = 2400
-    """Until the first step is done, a collective that takes longer is an error instead of a hang. The watchdog speaks before: its budget is at
-    most four fifths of this."""
+    """Until the first step is done, a collective that takes longer is an error instead of a hang. The watchdog speaks before:
+    its budget is at most four fifths of this."""
     step_timeout_s: Seconds = 2400
     """The same after the first step. Drawings and reports between steps must fit in too."""
     gc_every_steps: Positive = 100
