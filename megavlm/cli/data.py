@@ -111,7 +111,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
 
             config = load_config(recipe, overrides)
             encoder = Parts(config).encoder
-            check = lambda sample: encode_within(sample, encoder, config.data.pack_tokens, config.data.over_long)  # noqa: E731
+            check = lambda sample: encode_within(sample, encoder, config.data.sample_tokens, config.data.over_long)  # noqa: E731
         report = lint(expand_shards("shards", as_shards(shards)), source_of(format), check)
         for problem in report.problems:
             print(problem)

@@ -1,6 +1,7 @@
 """From a recipe to the parts of its run: what is found out when a run starts is kept with it and never found out again."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 from megavlm.config import RunConfig, load_config, save_config
 from megavlm.data.pack.config import DataConfig
+from megavlm.data.pack.mixture import held_share, token_shares
 from megavlm.data.tools.tokenize import check_codes
 from megavlm.errors import ConfigError
 from megavlm.parts.parts import Parts
@@ -76,6 +78,7 @@ def _resolve_alone(parts: Parts, folder: RunFolder) -> Parts:
     elif checkpoints_in(folder.checkpoints):
         log.warning("%s is missing: the run goes on with this recipe, and nobody can say whether it is the same", folder.config_file)
     parts = parts.with_mixture()
+    _warn_of_growth(parts)
     with _writable():
         _keep_text_model(Path(config.vocabulary.text_model), folder)
     # the watchdogs of this start would take an earlier one's note for their own
@@ -112,6 +115,20 @@ def _writable() -> Iterator[None]:
         raise ConfigError(
             f"run_dir: {place}{error.strerror}\n  do:    name a folder that can be written; make room if the disk is full"
         ) from error
+
+
+def _warn_of_growth(parts: Parts) -> None:
+    """Say what packs will hold in the dense finish, where they hold less before: a device that is full now would overflow then."""
+    data, schedule = parts.config.data, parts.plan.schedule
+    if data.pack_rows or schedule.first_dense_step == schedule.num_steps or schedule.strength(0) < 1:
+        return
+    share = held_share(parts.mixture, token_shares(parts.mixture, data), parts.costing, step=0)
+    if share < 0.95:
+        log.warning(
+            "from step %d on everything is kept, and packs hold %.2f times as much for the backward pass as now; if they do not fit then,"
+            " lower data.pack_tokens, or set data.pack_rows=%d: packs then hold no more than now at any moment",
+            *(schedule.first_dense_step, 1 / share, math.ceil(share * data.pack_tokens)),
+        )
 
 
 def _with_fingerprint(parts: Parts) -> Parts:

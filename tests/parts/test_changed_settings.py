@@ -54,3 +54,17 @@ def test_the_mixture_is_found_again_for_other_packs(begun, change):
 
 def test_other_settings_keep_what_was_found(begun):
     assert begun({"data.look_ahead_samples": 3, "data.fill": 0.5, "optimizer.num_steps": 9}).mixture == begun().mixture
+
+
+@pytest.mark.parametrize(
+    ("change", "is_said"),
+    [
+        ({"routing.dense_finish_fraction": 0.5}, True),
+        ({}, False),
+        ({"routing.dense_finish_fraction": 0.5, "data.pack_rows": 250}, False),
+        ({"routing.dense_finish_fraction": 0.5, "routing.warmup_fraction": 0.5}, False),
+    ],
+)
+def test_what_the_dense_finish_will_hold_is_said_at_the_start(begun, caplog, change, is_said):
+    begun(change)
+    assert ("from step 3 on everything is kept, and packs hold 1." in caplog.text) == is_said

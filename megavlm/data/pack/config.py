@@ -55,6 +55,9 @@ class DataConfig(Settings):
     """Independent streams of packs = packs per optimizer step. The world size must divide it."""
     pack_tokens: Annotated[Positive, Field(le=MOST_TOKENS)] = 8192
     """Upper bound of a pack's length in tokens (memory)."""
+    pack_rows: Annotated[Positive, Field(le=MOST_TOKENS)] | None = None
+    """Upper bound of a pack's rows per layer, averaged over the layers: what it holds for the backward pass. The bound holds at every
+    moment of the route's schedule: where more is kept, packs are shorter. No sample may be longer. By default only `pack_tokens` bounds packs."""
     weights: Literal["samples", "tokens"] = "samples"
     """What the weights of the sources are shares of."""
     temperature: Annotated[Number, Field(ge=0.1, le=1000)] = 1.0
@@ -85,3 +88,8 @@ class DataConfig(Settings):
     """Samples of each source that are read to estimate the packs' target cost."""
     mixture: dict[str, SourceMixture] | None = None
     """What was found out about each source. Filled in at the start of a run and kept with it."""
+
+    @property
+    def sample_tokens(self) -> int:
+        """Upper bound of a sample's length: it must fit into a pack at every moment."""
+        return min(self.pack_tokens, self.pack_rows or self.pack_tokens)

@@ -26,7 +26,7 @@ import numpy as np
 from megavlm.data.pack.config import DataConfig, Mixture
 from megavlm.data.pack.cursor import Cursor
 from megavlm.data.pack.encode import EncodedSample, Encoder
-from megavlm.data.pack.mixture import target_flops, token_shares
+from megavlm.data.pack.mixture import pack_bounds, pack_sizes, target_flops, token_shares
 from megavlm.data.pack.overlong import encode_within
 from megavlm.data.pack.pack import Costing, Pack, build_pack
 from megavlm.data.pack.packer import choose
@@ -89,8 +89,10 @@ class Lane:
         self.waiting = self._read_waiting(state)
         self._finished = {number for number, entry in enumerate(entries) if entry["finished"]}
         self._reopen()
-        # of the waiting samples, as far as they are known: lengths, and costs at a moment
-        self._tokens, self._costs, self._moment = np.zeros(0, np.int64), np.zeros((0, costing.plan.num_stages + 1)), None
+        self._bounds = pack_bounds(config, costing)
+        # of the waiting samples, as far as they are known: sizes and costs at a moment
+        self._sizes, self._costs = np.zeros((0, len(self._bounds)), np.int64), np.zeros((0, costing.plan.num_stages + 1))
+        self._moment: float | None = None
         self._target: tuple = (None, None)
         if state["pack"]:
             log.info(
@@ -119,11 +121,11 @@ class Lane:
         step = self.num_packs
         self._price(step)
         rng = stream(self.seed, Purpose.PACKING, self.number, step)
-        chosen = choose(self._costs, self._tokens, self._target_at(step), self.config.pack_tokens, rng)
+        chosen = choose(self._costs, self._sizes, self._target_at(step), self._bounds, rng)
         samples = [self.waiting[i] for i in chosen]
         for i in reversed(chosen):
             del self.waiting[i]
-        self._tokens, self._costs = np.delete(self._tokens, chosen), np.delete(self._costs, chosen, axis=0)
+        self._sizes, self._costs = np.delete(self._sizes, chosen, axis=0), np.delete(self._costs, chosen, axis=0)
         self.num_packs += 1
         return samples
 
@@ -167,11 +169,11 @@ class Lane:
             self.passes[number] = max(level, self.passes[number])
 
     def _price(self, step: int) -> None:
-        """Add lengths and costs of the samples that are new, or of all where the route has moved on."""
+        """Add sizes and costs of the samples that are new, or of all where the route has moved on."""
         if self._moment != (moment := self.costing.moment(step)):
-            self._moment, self._tokens, self._costs = moment, self._tokens[:0], self._costs[:0]
-        if new := [sample.layout for sample in self.waiting[len(self._tokens) :]]:
-            self._tokens = np.append(self._tokens, [layout.num_tokens for layout in new])
+            self._moment, self._sizes, self._costs = moment, self._sizes[:0], self._costs[:0]
+        if new := [sample.layout for sample in self.waiting[len(self._sizes) :]]:
+            self._sizes = np.concatenate([self._sizes, pack_sizes(new, self.config, self.costing, step)])
             self._costs = np.concatenate([self._costs, [self.costing.flops(layout, step) for layout in new]])
 
     def _target_at(self, step: int) -> np.ndarray:
@@ -204,7 +206,7 @@ class Lane:
         source, config = self.sources[place.source], self.config
         try:
             sample = formats.parse(key, members, source.config, place, self.seed)
-            return encode_within(sample, self.encoder, config.pack_tokens, config.over_long)
+            return encode_within(sample, self.encoder, config.sample_tokens, config.over_long)
         except DataError as error:
             error.source, error.shard, error.key = source.name, source.urls[place.shard], key
             raise

@@ -52,7 +52,7 @@ def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig,
             place = Coordinates(number, 0, shard, index)
             try:
                 sample = formats.parse(key, members, source.config, place, encoder.seed)
-                layouts = [piece.layout for piece in encode_within(sample, encoder, config.pack_tokens, config.over_long)[0]]
+                layouts = [piece.layout for piece in encode_within(sample, encoder, config.sample_tokens, config.over_long)[0]]
             except DataError:
                 continue  # counted and reported when a lane comes to it
             for layout in layouts:
@@ -61,7 +61,7 @@ def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig,
             break
     if not counted:
         raise DataError(
-            f"no usable sample of at most {config.pack_tokens} tokens where the source was looked at",
+            f"no usable sample of at most {config.sample_tokens} tokens where the source was looked at",
             "run `megavlm data lint` on it",
             source.name,
             source.urls[shards[0]],
@@ -96,9 +96,32 @@ def token_shares(mixture: Mixture, config: DataConfig) -> np.ndarray:
 
 
 def target_flops(mixture: Mixture, shares: np.ndarray, costing: Costing, config: DataConfig, step: int) -> np.ndarray:
-    """The cost vector of every pack at this step: that of ``fill * pack_tokens`` tokens of the average mixture."""
+    """The cost vector of every pack at this step: that of ``fill`` of the tokens of the average mixture that are within the bounds."""
     cost_per_token = 0.0
     for share, source in zip(shares, mixture.values(), strict=True):
         costs = sum(count * costing.flops(layout, step) for count, layout in source.layouts)
         cost_per_token = cost_per_token + share * costs / sum(count * layout.num_tokens for count, layout in source.layouts)
-    return cost_per_token * config.fill * config.pack_tokens
+    num_tokens = config.pack_tokens
+    if config.pack_rows:
+        num_tokens = min(num_tokens, config.pack_rows / held_share(mixture, shares, costing, step))
+    return cost_per_token * config.fill * num_tokens
+
+
+def held_share(mixture: Mixture, shares: np.ndarray, costing: Costing, step: int) -> float:
+    """Rows in a layer per token of the average mixture, averaged over the layers: 1 where everything is active."""
+    rows = [sum(count * costing.rows(layout, step) for count, layout in source.layouts) for source in mixture.values()]
+    tokens = [sum(count * layout.num_tokens for count, layout in source.layouts) for source in mixture.values()]
+    return float(np.sum(shares * rows / tokens)) / costing.shape.num_layers
+
+
+def pack_bounds(config: DataConfig, costing: Costing) -> np.ndarray:
+    """Upper bounds of a pack's sizes: of its tokens, and, where it is bounded, of its rows summed over the layers."""
+    return np.array([config.pack_tokens, *([config.pack_rows * costing.shape.num_layers] if config.pack_rows else [])])
+
+
+def pack_sizes(layouts: list[Layout], config: DataConfig, costing: Costing, step: int) -> np.ndarray:
+    """The sizes of samples at this step that `pack_bounds` bounds ``[num_samples, num_bounds]``."""
+    sizes = [[layout.num_tokens for layout in layouts]]
+    if config.pack_rows:
+        sizes.append([costing.rows(layout, step) for layout in layouts])
+    return np.array(sizes, np.int64).T

@@ -100,6 +100,7 @@ class Costing:
         self.plan, self.shape = plan, shape
         # layouts recur, and so do steps at which the shares are the same
         self._cached = lru_cache(maxsize=65536)(self._flops)
+        self._cached_rows = lru_cache(maxsize=65536)(self._rows)
         self.dense_flops = lru_cache(maxsize=65536)(self._dense_flops)
 
     def __reduce__(self):
@@ -113,16 +114,27 @@ class Costing:
         """Forward FLOPs per stage, after routing, and of the output head ``[num_stages + 1]`` of one sample."""
         return self._cached(layout, self.plan.schedule.strength(step))
 
+    def rows(self, layout: Layout, step: int) -> int:
+        """Rows of one sample, summed over the layers: what is held of it for the backward pass grows with them."""
+        return self._cached_rows(layout, self.plan.schedule.strength(step))
+
+    def _rows(self, layout: Layout, strength: float) -> int:
+        return int((self.plan.layers_per_stage * sum(self._active_and_guests(layout, strength))).sum())
+
     def _flops(self, layout: Layout, strength: float) -> np.ndarray:
+        active_s, guests_s = self._active_and_guests(layout, strength)
+        bias_s = BIAS_WIDTH * self.plan.merges(strength)
+        stages = self.plan.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)
+        return np.append(stages, layout.num_labels * self.shape.head_flops_per_row)
+
+    def _active_and_guests(self, layout: Layout, strength: float) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of one sample in each stage: those that travel, and those that only give keys and values."""
         plan = self.plan
         lengths, tasks = (np.array(x, np.int64) for x in (zip(*layout.spans) if layout.spans else ((), ())))
         dropped_s = lengths.sum() - plan.kept_tokens(lengths, tasks, strength).sum(1)
         prompt_s = layout.num_prompt * plan.injects(Task.GENERATION)
         guests_s = prompt_s + lengths[tasks == Task.UNDERSTANDING].sum() * plan.injects(Task.UNDERSTANDING)
-        active_s = layout.num_tokens - dropped_s - prompt_s
-        bias_s = BIAS_WIDTH * plan.merges(strength)
-        stages = plan.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)
-        return np.append(stages, layout.num_labels * self.shape.head_flops_per_row)
+        return layout.num_tokens - dropped_s - prompt_s, guests_s
 
     def _dense_flops(self, layout: Layout) -> float:
         """Forward FLOPs of a sample without a route, head included."""

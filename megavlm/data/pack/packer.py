@@ -25,16 +25,16 @@ WINDOW = 16
 """Pairs on either side of the wanted total cost that are looked at."""
 
 
-def choose(costs_nc: np.ndarray, tokens_n: np.ndarray, target_c: np.ndarray, max_tokens: int, rng: np.random.Generator) -> list[int]:
+def choose(costs_nc: np.ndarray, sizes_n: np.ndarray, target_c: np.ndarray, bounds, rng: np.random.Generator) -> list[int]:
     """Choose samples for one pack from a look-ahead whose oldest sample comes first.
 
     The oldest is always taken, so no sample waits for more packs than the look-ahead has places.
 
     Args:
         costs_nc: Cost vector of each waiting sample.
-        tokens_n: Length of each.
+        sizes_n: Length of each; or several sizes ``[n, b]``.
         target_c: Cost vector to meet.
-        max_tokens: Upper bound of the pack's length.
+        bounds: Upper bound of the pack's length; or of each of its sizes ``[b]``. No sample is larger.
         rng: The pack's own random stream.
 
     Returns:
@@ -44,11 +44,12 @@ def choose(costs_nc: np.ndarray, tokens_n: np.ndarray, target_c: np.ndarray, max
     mean_c = costs_nc.mean(0)
     if mean_c.sum() > 0:
         target_c = (1 - LEAN) * target_c + LEAN * mean_c / mean_c.sum()
-    kinds_n = _kinds(np.column_stack([costs_nc, tokens_n]))
+    kinds_n = _kinds(np.column_stack([costs_nc, sizes_n]))
+    sizes_bn, bounds_b = np.atleast_2d(sizes_n.T), np.atleast_1d(bounds)
     num_kinds = kinds_n.max() + 1
     best = None
     for _ in range(MAX_ATTEMPTS):
-        search = _Search(costs_nc, tokens_n, kinds_n, target_c, max_tokens)
+        search = _Search(costs_nc, sizes_bn, kinds_n, target_c, bounds_b)
         search.fill(rng)
         search.improve(rng)
         # where the samples are much alike, another filling ends at the same place
@@ -78,17 +79,17 @@ def _kinds(rows_nc: np.ndarray) -> np.ndarray:
 
 
 class _Search:
-    """A pack in the making: which samples it has, what cost it misses and how many tokens have room."""
+    """A pack in the making: which samples it has, what cost it misses and what has room."""
 
-    def __init__(self, costs_nc: np.ndarray, tokens_n: np.ndarray, kinds_n: np.ndarray, target_c: np.ndarray, max_tokens: int):
+    def __init__(self, costs_nc: np.ndarray, sizes_bn: np.ndarray, kinds_n: np.ndarray, target_c: np.ndarray, bounds_b: np.ndarray):
         # the last entry is the total, so that one sum of absolute values judges stages and total together;
         # the last sample stands for none: it costs nothing
         self.costs_nc = np.zeros((len(costs_nc) + 1, costs_nc.shape[1] + 1))
         self.costs_nc[:-1, :-1], self.costs_nc[:-1, -1] = costs_nc, TOTAL_WEIGHT * costs_nc.sum(1)
-        self.tokens_n, self.kinds_n = np.append(tokens_n, 0), kinds_n
+        self.sizes_bn, self.kinds_n = np.pad(sizes_bn, ((0, 0), (0, 1))), kinds_n
         self.missing_c = np.append(target_c, TOTAL_WEIGHT * target_c.sum())
-        self.room = max_tokens
-        self.chosen = np.zeros(len(tokens_n), bool)
+        self.room_b = bounds_b
+        self.chosen = np.zeros(sizes_bn.shape[1], bool)
         self._exchange([], [0])
 
     @property
@@ -100,12 +101,12 @@ class _Search:
         # exponential waiting times make a weighted order without replacement (Efraimidis & Spirakis 2006)
         num = len(self.chosen)
         order = np.argsort(rng.exponential(size=num) / np.linspace(2.0, 1.0, num))
-        missing, room, taken, shortest = self.missing_c[-1], self.room, [], self.tokens_n[:-1].min()
-        for i, cost, tokens in zip(order.tolist(), self.costs_nc[order, -1].tolist(), self.tokens_n[order].tolist()):
-            if room < shortest:
+        missing, room, taken, shortest = self.missing_c[-1], self.room_b.tolist(), [], self.sizes_bn[0, :-1].min()
+        for i, cost, sizes in zip(order.tolist(), self.costs_nc[order, -1].tolist(), self.sizes_bn[:, order].T.tolist()):
+            if room[0] < shortest:
                 break
-            if i and tokens <= room and cost <= missing:
-                missing, room = missing - cost, room - tokens
+            if i and cost <= missing and all(size <= left for size, left in zip(sizes, room)):
+                missing, room = missing - cost, [left - size for size, left in zip(sizes, room)]
                 taken.append(i)
         self._exchange([], taken)
 
@@ -134,8 +135,8 @@ class _Search:
         for missing, out_o, into in zip(self.missing_c, out_co, into_cp):
             entry_op = np.subtract((out_o + missing)[:, None], into, out=entry_op)
             distances_op = distances_op + np.abs(entry_op, out=entry_op)
-        too_long = self.tokens_n[into_p] - self.tokens_n[out_ok].sum(1)[:, None] > self.room
-        distances_op[too_long] = np.inf
+        for sizes_n, room in zip(self.sizes_bn, self.room_b):
+            distances_op[sizes_n[into_p] - sizes_n[out_ok].sum(1)[:, None] > room] = np.inf
         o, p = np.unravel_index(distances_op.argmin(), distances_op.shape)
         return self._exchange_if_closer(distances_op[o, p], out_ok[o], into_p[p : p + 1])
 
@@ -145,7 +146,7 @@ class _Search:
         return first[first >= 0]
 
     def _sorted_pairs(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All pairs of some samples outside by their total cost: indices ``[P, 2]``, costs ``[P, c]``, tokens ``[P]``."""
+        """All pairs of some samples outside by their total cost: indices ``[P, 2]``, costs ``[P, c]``, sizes ``[b, P]``."""
         outside = np.flatnonzero(~self.chosen)
         first = self._first_of_each_kind(outside)
         second = self._first_of_each_kind(np.setdiff1d(outside, first, assume_unique=True))
@@ -153,9 +154,9 @@ class _Search:
         costs_pc = self.costs_nc[pairs_p2[:, 0]] + self.costs_nc[pairs_p2[:, 1]]
         order = np.argsort(costs_pc[:, -1])
         pairs_p2 = pairs_p2[order]
-        return pairs_p2, costs_pc[order], self.tokens_n[pairs_p2].sum(1)
+        return pairs_p2, costs_pc[order], self.sizes_bn[:, pairs_p2].sum(2)
 
-    def _exchange_for_two(self, out_ok: np.ndarray, pairs_p2: np.ndarray, costs_pc: np.ndarray, tokens_p: np.ndarray) -> bool:
+    def _exchange_for_two(self, out_ok: np.ndarray, pairs_p2: np.ndarray, costs_pc: np.ndarray, sizes_bp: np.ndarray) -> bool:
         """Make the best exchange of a row of ``out`` for a pair whose total cost is close to what is wanted, if one helps."""
         if len(pairs_p2) == 0:
             return False
@@ -163,8 +164,9 @@ class _Search:
         near_o = np.searchsorted(costs_pc[:, -1], wanted_oc[:, -1])
         near_ow = np.clip(near_o[:, None] + np.arange(-WINDOW, WINDOW), 0, len(pairs_p2) - 1)
         distances_ow = np.abs(wanted_oc[:, None] - costs_pc[near_ow]).sum(2)
-        too_long = tokens_p[near_ow] - self.tokens_n[out_ok].sum(1)[:, None] > self.room
-        distances_ow[too_long | self.chosen[pairs_p2].any(1)[near_ow]] = np.inf
+        distances_ow[self.chosen[pairs_p2].any(1)[near_ow]] = np.inf
+        for sizes_n, sizes_p, room in zip(self.sizes_bn, sizes_bp, self.room_b):
+            distances_ow[sizes_p[near_ow] - sizes_n[out_ok].sum(1)[:, None] > room] = np.inf
         o, w = np.unravel_index(distances_ow.argmin(), distances_ow.shape)
         return self._exchange_if_closer(distances_ow[o, w], out_ok[o], pairs_p2[near_ow[o, w]])
 
@@ -178,7 +180,7 @@ class _Search:
     def _exchange(self, out: list[int], into: list[int]) -> None:
         self.chosen[out], self.chosen[into] = False, True
         self.missing_c = self.missing_c + self.costs_nc[out].sum(0) - self.costs_nc[into].sum(0)
-        self.room += int(self.tokens_n[out].sum() - self.tokens_n[into].sum())
+        self.room_b = self.room_b + self.sizes_bn[:, out].sum(1) - self.sizes_bn[:, into].sum(1)
 
 
 def _pairs(indices: np.ndarray) -> np.ndarray:

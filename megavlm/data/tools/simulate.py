@@ -19,7 +19,7 @@ import numpy as np
 from megavlm.costs import ModelShape
 from megavlm.data.pack.config import DataConfig, Mixture, SourceMixture
 from megavlm.data.pack.encode import Layout
-from megavlm.data.pack.mixture import target_flops, token_shares
+from megavlm.data.pack.mixture import pack_bounds, pack_sizes, target_flops, token_shares
 from megavlm.data.pack.pack import Costing
 from megavlm.data.pack.packer import choose
 from megavlm.data.read.source import SourceConfig
@@ -117,6 +117,7 @@ def simulate_lane(situation: Situation, number: int, num_steps: int, packer: str
     waiting, costs, tokens, since = [], [], [], []
     costs_sc, tokens_s, longest, elapsed_s = [], [], 0, 0.0
     target = target_flops(situation.mixture, shares, costing, config, situation.at_step)
+    bounds = pack_bounds(config, costing)
     for step in range(num_steps):
         while len(waiting) < look_ahead:
             number_of_source = int(np.argmin(passes))
@@ -130,7 +131,8 @@ def simulate_lane(situation: Situation, number: int, num_steps: int, packer: str
         begin = time.thread_time()
         if packer == "megavlm":
             packing = stream(situation.seed, Purpose.PACKING, number, step)
-            chosen = choose(np.array(costs), np.array(tokens), target, config.pack_tokens, packing)
+            sizes = pack_sizes(waiting, config, costing, situation.at_step)
+            chosen = choose(np.array(costs), sizes, target, bounds, packing)
         else:
             chosen = _fill_in_order(tokens, config.pack_tokens, skip=packer == "first_fit")
         elapsed_s += time.thread_time() - begin
