@@ -7,8 +7,8 @@ adversarial losses::
     loss = |x - x'| + (x - x')² + 0.25 (z - stop(q))²              the gradient of q goes straight through to z
 
 Codes are directions (arXiv 2110.04627). They follow the moving average of the latents that chose them (appendix A.1 of the VQ-VAE). A
-code that is chosen too rarely is dead, and moves to a latent of the current batch drawn at random (random restarts: Jukebox, arXiv
-2005.00341; a threshold on the moving average: SoundStream, arXiv 2107.03312).
+code that is chosen too rarely is dead, and moves to a latent of the current batch. Latents with a large error are drawn more often (random
+restarts: Jukebox, arXiv 2005.00341; a threshold on the moving average: SoundStream, arXiv 2107.03312).
 """
 
 import json
