@@ -24,7 +24,7 @@ def begun(make_config, tmp_path, digits_folder, monkeypatch):
         return resolving.resolve(config, folder, WORLD)
 
     resolving.keep(start().config, folder)
-    monkeypatch.setattr(resolving, "complete_checkpoints", lambda checkpoints: ["step-00000003"])
+    monkeypatch.setattr(resolving, "checkpoints_in", lambda checkpoints: ["step-00000003"])
     return start
 
 
