@@ -75,5 +75,5 @@ def test_report_by_split_kind_and_number_of_shapes(data, tmp_path):
     # the tokenizer belongs to the run
     (data / "vq" / "config.json").rename(data / "vq" / "other.json")
     with pytest.raises(ConfigError, match="holds no config.json"):
-        evaluate(tmp_path / "run")
+        evaluate(load_trained(tmp_path / "run")[0])
     (data / "vq" / "other.json").rename(data / "vq" / "config.json")
