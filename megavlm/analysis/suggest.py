@@ -55,7 +55,7 @@ def suggest(probe: Probe, candidates: Sequence[Candidate], flops_share: float, s
                 return Suggestion(understanding, generation, share, rise)
     least = 1 - max((saved for *_, saved in pairs), default=0.0) / probe.dense.dense_flops
     raise MegavlmError(
-        f"no route that was tried leaves {flops_share:.0%} of these packs' FLOPs or less; the least is {least:.1%}\n"
+        f"no tried route is at {flops_share:.0%} of these packs' dense FLOPs or less; the least is {least:.1%}\n"
         "  do:    ask for a larger share, or add smaller ones to keep_ratios"
     )
 

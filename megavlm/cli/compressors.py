@@ -70,7 +70,7 @@ class CompressorCommands:
 
         config = load_config(str(recipe), overrides)
         if config.vocabulary.image_tokenizer.kind == "compressed":
-            raise ConfigError(f"{recipe}: its image tokenizer is a compressed one already\n  do:    name a recipe with the one inside")
+            raise ConfigError(f"{recipe}: its image tokenizer is compressed already\n  do:    name a recipe with the tokenizer inside")
         device = str(device) or ("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = build_image_tokenizer(config.vocabulary.image_tokenizer, device)
         codebook_VD = tokenizer.codebook()

@@ -84,7 +84,7 @@ class Plan:
                 "  do:    choose pixels = 2, 4, 8, 16 or 32 times the height"
             )
         if self.channels % 32:
-            raise MegavlmError(f"channels is {self.channels}\n  do:    choose a multiple of 32, the groups of its norms")
+            raise MegavlmError(f"channels is {self.channels}\n  do:    choose a multiple of 32, the number of groups of its norms")
         num_levels = factor.bit_length() - 1
         return JanusVQVAEConfig(
             embed_dim=8,

@@ -57,7 +57,7 @@ def run_arms(arms: list[Arm], parallel: int, processes: int) -> None:
             failures += [future.result()] if future.result() else []
     if failures:
         raise MegavlmError(
-            f"{len(failures)} of {len(arms)} arms failed\n  do:    read their study.log, and start the study again: it goes on"
+            f"{len(failures)} of {len(arms)} arms failed\n  do:    read their study.log, and start the study again; finished arms stay"
         )
 
 

@@ -167,7 +167,7 @@ def simulate(situation: Situation, num_lanes: int, num_steps: int = 400, first_s
         ``longest_wait_packs``, ``pack_ms``; and under ``totals`` every lane's total cost relative to the mean (for the figure).
     """
     if not 0 <= first_step < num_steps:
-        raise ConfigError(f"the steps {first_step} to {num_steps} are none\n  do:    give more --steps")
+        raise ConfigError(f"there are no steps from {first_step} to {num_steps}\n  do:    give more --steps")
     result = {}
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
         for packer in PACKERS:

@@ -82,7 +82,7 @@ class FidScore:
         features = call_features(self.features, images_NHWC, len(items), "--features")
         if features.shape[1] != len(self.real[0]):
             raise MegavlmError(
-                f"--features gives {features.shape[1]} numbers per image, the real features have {len(self.real[0])}\n"
+                f"--features gives {features.shape[1]} numbers per image, but the real features have {len(self.real[0])}\n"
                 "  do:    use the network that the real features come from"
             )
         self._drawn.add(features)

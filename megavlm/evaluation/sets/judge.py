@@ -111,7 +111,7 @@ class Judge:
                 lines.flush()
                 num_judged += len(batch)
         if not num_judged:
-            raise MegavlmError(f"{self.bad.file}: nothing could be judged\n  do:    look at the entries that were left out, above")
+            raise MegavlmError(f"{self.bad.file}: nothing could be judged\n  do:    read above why its entries were left out")
         result = {
             "kind": self.kind,
             "set": str(self.bad.file),
