@@ -150,7 +150,7 @@ class ObjectScore:
                 found = self._detections.validate_python(self.detect(image))
             except ValidationError as error:
                 raise MegavlmError(
-                    f"the detector must return a list of class, box, score and color: {error.errors()[0]['msg']} at"
+                    f"the detector gave something else than a list of class, box, score and color: {error.errors()[0]['msg']} at"
                     f" {error.errors()[0]['loc']}\n  do:    see `megavlm.evaluation.sets.objects`"
                 ) from error
             least = self.min_score_counting if item.group == "counting" else self.min_score
