@@ -23,6 +23,7 @@ from megavlm.analysis.suggest import Suggestion, suggest
 from megavlm.routing.policies import LateDrop
 from megavlm.routing.tasks import TASKS
 from megavlm.runs.manifest import step_of
+from megavlm.system.files import write_atomically
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def analyze_drops(
     _to_tensorboard(subject, written[1:])
     if chosen is not None:
         written.append(folder / "route.yaml")
-        written[-1].write_text(_remark(subject, chosen) + chosen.recipe())
+        write_atomically(written[-1], _remark(subject, chosen) + chosen.recipe())
     return _drop_table(candidates, probe), chosen, written
 
 
@@ -102,7 +103,7 @@ def analyze_geometry(subject: Subject, num_images: int) -> tuple[Table, list[Pat
 def write_json(path: Path, document: Any) -> Path:
     """Write a document as JSON: arrays become lists, and numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_plain(document), indent=1, allow_nan=False))
+    write_atomically(path, json.dumps(_plain(document), indent=1, allow_nan=False))
     return path
 
 

@@ -13,6 +13,7 @@ from megavlm.errors import ConfigError
 from megavlm.evaluation.benchmark import find_benchmark
 from megavlm.evaluation.trained import TrainedModel
 from megavlm.evaluation.understanding import scored_right, task_losses, written_right
+from megavlm.system.files import write_atomically
 from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
 
@@ -52,7 +53,7 @@ def evaluate(model: TrainedModel) -> dict[str, Any]:
             "guidance": settings.guidance,
         },
     }
-    model.folder.evaluation.write_text(json.dumps(result, indent=2))
+    write_atomically(model.folder.evaluation, json.dumps(result, indent=2))
     shown = min(50, len(benchmark.requests))
     picture = model.folder.path / "drawings.png"
     with harmless(f"the picture {picture}"):

@@ -21,6 +21,7 @@ from megavlm.image_tokenizers.compressor import PlugInSettings
 from megavlm.image_tokenizers.decompressor import PlugIn
 from megavlm.image_tokenizers.protocol import ImageTokenizer
 from megavlm.randomness import Purpose, integer_seed, stream
+from megavlm.system.files import folder_written_atomically, write_atomically
 from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
 
@@ -78,8 +79,8 @@ def train_plug_in(
         raise DataError(f"there are {len(codes_Nhw)} images, too few to hold one of {HELD_OUT_EVERY} out", "give more shards")
     held_out = np.arange(len(codes_Nhw)) % HELD_OUT_EVERY == 0
     plug_in, history = _train(torch.from_numpy(codes_Nhw[~held_out]), codebook_VD, settings, plan, torch.device(device))
-    out.mkdir(parents=True)
-    save_plug_in(plug_in, out)
+    with folder_written_atomically(out) as files:
+        save_plug_in(plug_in, files)
     compressed = CompressedTokenizer(out, tokenizer, device)
     metrics = {
         "training_images": int((~held_out).sum()),
@@ -88,7 +89,7 @@ def train_plug_in(
         "held_out": judge(compressed, codes_Nhw[held_out][:MAX_HELD_OUT], out / "reconstructions.png"),
         "history": history,
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_atomically(out / "metrics.json", json.dumps(metrics, indent=1))
     return metrics
 
 

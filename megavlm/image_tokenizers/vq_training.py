@@ -32,6 +32,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from megavlm.errors import DataError, MegavlmError
 from megavlm.image_tokenizers.vq import VQTokenizer, latents, nearest_direction, reconstruct
 from megavlm.randomness import Purpose, integer_seed, stream
+from megavlm.system.files import folder_written_atomically, write_atomically
 from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
 
@@ -123,7 +124,8 @@ def train_tokenizer(images: Iterable[np.ndarray], out: Path, plan: Plan, device:
     begin = time.perf_counter()
     model = _train(images_NHWC[~held_out], config, plan, torch.device(device))
     seconds = time.perf_counter() - begin
-    model.save_pretrained(out)
+    with folder_written_atomically(out) as files:
+        model.save_pretrained(files)
     tokenizer = VQTokenizer(out, plan.height, plan.width, device)
     kept = images_NHWC[held_out][:MAX_HELD_OUT]
     codes_Nhw = tokenizer.encode(kept)
@@ -137,7 +139,7 @@ def train_tokenizer(images: Iterable[np.ndarray], out: Path, plan: Plan, device:
         "training_images": int((~held_out).sum()),
         **asdict(plan),
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_atomically(out / "metrics.json", json.dumps(metrics, indent=1))
     shown = min(12, len(kept))
     with harmless(f"the picture {out / 'reconstructions.png'}"):
         save_grid([*kept[:shown], *decoded[:shown]], [""] * 2 * shown, out / "reconstructions.png", columns=shown)

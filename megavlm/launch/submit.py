@@ -17,7 +17,7 @@ import yaml
 
 from megavlm.config import RunConfig, load_config, save_config
 from megavlm.errors import ConfigError, MegavlmError
-from megavlm.system.files import PROJECT
+from megavlm.system.files import PROJECT, write_atomically
 
 TEMPLATES = PROJECT / "slurm"
 
@@ -104,7 +104,7 @@ def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None =
         _write_recipe(config, run)
     else:
         folders = [_write_recipe(c, Path(c.run_dir)) for c in read_study(recipe, overrides, Path(study), job)]
-        (run / "slurm" / "runs.txt").write_text("\n".join(map(str, folders)) + "\n")
+        write_atomically(run / "slurm" / "runs.txt", "\n".join(map(str, folders)) + "\n")
         what, template = f"Trains the {len(folders)} runs of {study} in {run}", "study.sbatch"
         values["array"] = f"0-{len(folders) - 1}"
     script = run / "slurm" / template
@@ -128,7 +128,7 @@ def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None =
     values["body"] = SbatchTemplate((TEMPLATES / "body.sh").read_text()).substitute(values).rstrip()
     source = Path(job.template) if job.template else TEMPLATES / template
     try:
-        script.write_text(SbatchTemplate(source.read_text()).substitute(values))
+        write_atomically(script, SbatchTemplate(source.read_text()).substitute(values))
     except KeyError as error:
         raise ConfigError(
             f"{source} has @{{{error.args[0]}}}, which nothing fills in\n  do:    use one of {', '.join(sorted(values))}"
@@ -146,7 +146,7 @@ def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None =
     if done.returncode:
         raise MegavlmError(f"SLURM refuses {script}: {done.stderr.strip()}\n  do:    correct the options")
     number = done.stdout.strip().split(";")[0]
-    (run / "slurm" / f"{number}.job").write_text(number + "\n")
+    write_atomically(run / "slurm" / f"{number}.job", number + "\n")
     return f"job {number}: {script}\n  megavlm status {run}\n  tensorboard --logdir {run / 'tensorboard'}"
 
 

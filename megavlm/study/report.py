@@ -9,6 +9,7 @@ import numpy as np
 from megavlm.study.results import Results
 from megavlm.study.spec import DENSE, JOINT, Metric
 from megavlm.study.statistics import ENOUGH_SEEDS, Interval, bootstrap, chance_of_agreement, gain, retained
+from megavlm.system.files import write_atomically
 
 TIME = "cpu_seconds"
 """CPU time, because on a shared machine the clock also counts what else runs. On GPUs use `seconds`."""
@@ -22,7 +23,7 @@ def write_report(results: Results, command: str) -> Path:
     """
     study, folder = results.study, Path(results.study.study_dir)
     summary = summarize(results) | {"command": command, "seeds": results.seeds}
-    (folder / "report.json").write_text(json.dumps(summary, indent=1, default=vars))
+    write_atomically(folder / "report.json", json.dumps(summary, indent=1, default=vars))
     _plot(summary, folder / "report.png")
     text = "\n\n".join([
         f"# {folder.name}",
@@ -48,7 +49,7 @@ def write_report(results: Results, command: str) -> Path:
         _table(["run", *_metric_names(summary), "labelled tokens", "PFLOPs", "CPU min"], _run_rows(results)),
     ])  # fmt: skip
     path = folder / "report.md"
-    path.write_text(text + "\n")
+    write_atomically(path, text + "\n")
     return path
 
 

@@ -1,6 +1,5 @@
 """Reads the runs of a study into a table of numbers per (policy, data, seed)."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import complete_checkpoints
 from megavlm.study.runner import is_judged
 from megavlm.study.spec import JOINT, Arm, Metric, StudyConfig
+from megavlm.system.files import read_json
 
 
 @dataclass
@@ -41,8 +41,8 @@ def collect(study: StudyConfig, arms: list[Arm]) -> Results:
     runs = {}
     for arm in filter(is_judged, arms):
         folder = RunFolder(arm.folder)
-        state = json.loads((complete_checkpoints(folder.checkpoints)[-1] / "state.json").read_text())
-        run = {"evaluation": json.loads(folder.evaluation.read_text()), "totals": state["totals"], "folder": arm.folder.name}
+        state = read_json(complete_checkpoints(folder.checkpoints)[-1] / "state.json")
+        run = {"evaluation": read_json(folder.evaluation), "totals": state["totals"], "folder": arm.folder.name}
         runs |= {(policy, arm.data, arm.seed): run for policy in arm.policies}
     return Results(study, runs)
 

@@ -1,6 +1,6 @@
 """Trains and judges the arms of a study, one after another or a few at a time. Arms that are done are not repeated."""
 
-import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +15,10 @@ from megavlm.errors import MegavlmError
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import complete_checkpoints, step_of
 from megavlm.study.spec import Arm
+from megavlm.system.files import DamagedFile, read_json
 from megavlm.system.world import without_place
+
+log = logging.getLogger(__name__)
 
 
 def is_trained(arm: Arm) -> bool:
@@ -27,9 +30,13 @@ def is_trained(arm: Arm) -> bool:
 def is_judged(arm: Arm) -> bool:
     """Whether the last step's checkpoint was evaluated."""
     file = RunFolder(arm.folder).evaluation
-    return (
-        is_trained(arm) and file.is_file() and step_of(Path(json.loads(file.read_text())["checkpoint"])) >= arm.config.optimizer.num_steps
-    )
+    if not is_trained(arm) or not file.is_file():
+        return False
+    try:
+        return step_of(Path(read_json(file)["checkpoint"])) >= arm.config.optimizer.num_steps
+    except DamagedFile as error:
+        log.warning("%s: the arm is judged again", error.what)
+        return False
 
 
 def run_arms(arms: list[Arm], parallel: int, processes: int) -> None:

@@ -21,7 +21,7 @@ from megavlm.parts.parts import Parts
 from megavlm.routing.plan import RoutingConfig
 from megavlm.routing.policies import Dense
 from megavlm.settings import Name, PathText, Seed, Settings
-from megavlm.system.files import find_resource
+from megavlm.system.files import find_resource, write_atomically
 
 Data = Literal["joint", "understanding", "generation"]
 JOINT: Final = "joint"
@@ -151,4 +151,4 @@ def write_array(arms: list[Arm], file: Path) -> None:
     """Write arms as the list of overrides that `megavlm submit --array` reads; each run's folder is named as here."""
     runs = [{"name": arm.folder.name, **arm.config.model_dump(mode="json", exclude={"run_dir"})} for arm in arms]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(runs, sort_keys=False, default_flow_style=None, width=110))
+    write_atomically(file, yaml.safe_dump(runs, sort_keys=False, default_flow_style=None, width=110))

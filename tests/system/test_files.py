@@ -4,6 +4,8 @@ import errno
 import json
 import logging
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +108,23 @@ def test_harmless_passes_over_whatever_libraries_raise(caplog):
     assert len(caplog.records) == 4
     with pytest.raises(KeyboardInterrupt), harmless("the picture"):
         raise KeyboardInterrupt
+
+
+WITH_REASON = {
+    "system/files.py": "the one place",
+    "model/configuration.py": "a temporary folder",
+    "monitor/event_file.py": "record by record",
+    "data/tools/describe.py": "a page for people",
+    "engine/watchdog.py": "stacks, straight from the interpreter",
+    "evaluation/sets/judge.py": "lines as they come; what is read again is the JSON beside them",
+    "image_tokenizers/compressed.py": "in a folder that is written whole",
+    "parts/export.py": "in a folder that is written whole",
+    "data/tools/tokenize.py": "shards, renamed when they are whole",
+}
+
+
+def test_whatever_is_read_again_is_written_in_one_place():
+    package = Path(files.__file__).parents[1]
+    writes = re.compile(r"""\.write_text\(|\.write_bytes\(|open\([^)]*["'](w|x|wb|xb)["']|json\.dump\(|copyfile\(|copytree\(""")
+    found = {str(file.relative_to(package)) for file in package.rglob("*.py") if writes.search(file.read_text())}
+    assert found - set(WITH_REASON) == set(), "write it with megavlm.system.files"

@@ -1,7 +1,6 @@
 """The index beside a shard, ``shard.tar.index.json``: how many samples it holds, and how long it was when that was counted."""
 
 import json
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -9,6 +8,7 @@ from pydantic import ValidationError
 from megavlm.data.read.shards import read_shard
 from megavlm.data.read.urls import is_local, local_path
 from megavlm.settings import Settings
+from megavlm.system.files import write_atomically
 
 SUFFIX = ".index.json"
 
@@ -26,9 +26,7 @@ class ShardIndex(Settings):
 def write_index(path: Path) -> ShardIndex:
     """Count a local shard and write its index beside it."""
     index = ShardIndex(bytes=path.stat().st_size, samples=sum(1 for _ in read_shard(str(path))))
-    temporary = path.with_name(f".{path.name}{SUFFIX}")
-    temporary.write_text(index.model_dump_json())
-    os.replace(temporary, path.with_name(path.name + SUFFIX))
+    write_atomically(path.with_name(path.name + SUFFIX), index.model_dump_json())
     return index
 
 

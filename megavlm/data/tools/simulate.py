@@ -28,6 +28,7 @@ from megavlm.randomness import Purpose, stream
 from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.policies import Dense, LayerPlan, Policy
 from megavlm.routing.tasks import Task
+from megavlm.system.files import write_atomically
 
 PACKERS = ("megavlm", "first_fit", "first_come")
 
@@ -228,5 +229,5 @@ def report(result: dict, out: Path, title: str) -> dict:
     figure.suptitle(plain(title, width=120))
     save_figure(figure, out)
     numbers = {packer: {k: v for k, v in values.items() if k != "totals"} for packer, values in result.items()}
-    out.with_suffix(".json").write_text(json.dumps({"title": title, **numbers}, indent=1))
+    write_atomically(out.with_suffix(".json"), json.dumps({"title": title, **numbers}, indent=1))
     return numbers

@@ -28,6 +28,7 @@ from megavlm.data.read.shards import PROBLEM, Members, read_shard
 from megavlm.data.read.urls import is_local, local_path
 from megavlm.errors import ConfigError, DataError, MegavlmError
 from megavlm.image_tokenizers.protocol import ImageTokenizer
+from megavlm.system.files import read_json, write_atomically
 
 MANIFEST = "image_tokenizer.json"
 SAMPLES_AT_ONCE = 256
@@ -169,13 +170,11 @@ def _write_manifest(out: Path, tokenizer: ImageTokenizer) -> None:
     if (out / MANIFEST).is_file():
         _compare(out, described)
         return
-    temporary = out / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_text(json.dumps(described, indent=1))
-    os.replace(temporary, out / MANIFEST)
+    write_atomically(out / MANIFEST, json.dumps(described, indent=1))
 
 
 def _compare(folder: Path, described: dict) -> None:
-    found = json.loads((folder / MANIFEST).read_text())
+    found = read_json(folder / MANIFEST)
     different = [name for name in described if found.get(name) != described[name]]
     if different:
         lines = "\n".join(f"  {name}: {found.get(name)} in the folder, {described[name]} here" for name in different)

@@ -23,6 +23,7 @@ from megavlm.errors import DataError, MegavlmError
 from megavlm.evaluation.sampling import answer
 from megavlm.evaluation.sets.entries import BadEntries, Item, read_image
 from megavlm.evaluation.trained import TrainedModel
+from megavlm.system.files import write_atomically
 from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
 
@@ -123,5 +124,5 @@ class Judge:
             "settings": {"batch_size": self.batch_size} | self.settings | (settings or {}),
             "bad_entries": self.bad.found,
         }
-        self.stem.with_name(f"{self.stem.name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_atomically(self.stem.with_name(f"{self.stem.name}.json"), json.dumps(result, indent=1, ensure_ascii=False))
         return result
