@@ -20,10 +20,14 @@ def test_formula_agrees_with_torchs_counter(policy):
     expected = pack.flops[:-1].sum()
     for stage in pack.route.stages:
         attended = stage.injections[0].sequences if stage.injections else stage.sequences
-        width = SHAPE.head_width + BIAS_WIDTH * any(choice.plan.how == "merge" for choice in stage.choices)
+        merged = attended if any(choice.plan.how == "merge" for choice in stage.choices) else None
+        if stage.split is not None:
+            merged = stage.split.merged
         squares = sum(length**2 for length in attended.lengths)
+        if merged is not None:
+            squares += sum(length**2 for length in merged.lengths) * BIAS_WIDTH / SHAPE.head_width
         num_layers = stage.end_layer - stage.first_layer
-        expected += num_layers * SHAPE.layer_flops_per_square * squares * width / SHAPE.head_width
+        expected += num_layers * SHAPE.layer_flops_per_square * squares
     assert forward.get_total_flops() == pytest.approx(expected, rel=0.01)
     with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
         hidden.sum().backward()

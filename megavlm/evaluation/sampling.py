@@ -51,7 +51,13 @@ def draw_images(
         for unconditional_ratio in ((0.0, 1.0) if guided else (0.0,))
         for index, prompt in enumerate(prompts)
     ]
-    decoder = Decoder(model, samples, [sample.spans[0].start for sample in samples], costing, device)
+    decoder = Decoder(
+        model=model,
+        samples=samples,
+        prompt_lengths=[sample.spans[0].start for sample in samples],
+        costing=costing,
+        device=device,
+    )
     logits_BV, drawn, num_codes = decoder.start(), [], grid[0] * grid[1]
     barred_PC = torch.from_numpy(encoder.image_tokenizer.barred()).to(device)
     for place in range(num_codes):
@@ -91,8 +97,14 @@ def answer(
         max_tokens: Most tokens of an answer.
     """
     vocabulary = encoder.vocabulary
-    lengths = [prompt.num_tokens for prompt in prompts]
-    decoder = Decoder(model, prompts, lengths, costing, device, num_more=max_tokens)
+    decoder = Decoder(
+        model=model,
+        samples=prompts,
+        prompt_lengths=[prompt.num_tokens for prompt in prompts],
+        costing=costing,
+        device=device,
+        num_more=max_tokens,
+    )
     logits_BV, answers = decoder.start(), [[] for _ in prompts]
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
     is_text_V = torch.arange(logits_BV.shape[1], device=device) < vocabulary.num_text

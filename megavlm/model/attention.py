@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from megavlm.errors import ConfigError
-from megavlm.routing.route import BIAS_WIDTH, Sequences
+from megavlm.routing.route import BIAS_WIDTH, Sequences, Split
 
 NAME = "megavlm_varlen"
 WITHOUT_EFFECT = ("position_ids", "use_cache")
@@ -43,6 +43,8 @@ class Context:
     guests: Guests | None = None
     log_sizes_K: torch.Tensor | None = None
     """Added to the scores of each key: the logarithm of how many tokens it stands for."""
+    split: Split | None = None
+    """With ``log_sizes_K``, where not every sequence has merged tokens."""
     observe: Callable | None = None
     """Called with queries, keys and values ``[K, heads, d]``, rotary embedding included, and the factor of the scores."""
 
@@ -120,7 +122,10 @@ def _for_transformers(module, query, key, value, attention_mask, *, scaling, con
     if groups > 1:
         # torch 2.11's varlen_attn has no grouped queries
         k_KHd, v_KHd = (x.repeat_interleave(groups, dim=1) for x in (k_KHd, v_KHd))
-    out_KHd = packed_attention(q_KHd, k_KHd, v_KHd, sequences, scaling, log_sizes_K)
+    if log_sizes_K is not None and context.split is not None:
+        out_KHd = _split_attention(q_KHd, k_KHd, v_KHd, context.split, scaling, log_sizes_K)
+    else:
+        out_KHd = packed_attention(q_KHd, k_KHd, v_KHd, sequences, scaling, log_sizes_K)
     if guests is not None:
         out_KHd = out_KHd.index_select(0, guests.place_K)
     return out_KHd[None], None
@@ -147,6 +152,15 @@ def _refuse(module, attention_mask, asked: dict[str, Any], longest: int) -> None
             f"{type(module).__name__} asks of its attention what is not computed here: {', '.join(wishes)}\n"
             "  do:    choose a family of docs/models.md that is exact, or leave out the field that asks for it"
         )
+
+
+def _split_attention(q_UHd, k_UHd, v_UHd, split: Split, scale: float, bias_U: torch.Tensor) -> torch.Tensor:
+    """Attention whose bias only those sequences carry that have one."""
+    merged, others = split.merged_rows, split.other_rows
+    q_MHd, k_MHd, v_MHd, bias_M = (x.index_select(0, merged) for x in (q_UHd, k_UHd, v_UHd, bias_U))
+    with_bias = packed_attention(q_MHd, k_MHd, v_MHd, split.merged, scale, bias_M)
+    without = packed_attention(*(x.index_select(0, others) for x in (q_UHd, k_UHd, v_UHd)), split.others, scale)
+    return torch.cat([with_bias, without]).index_select(0, split.back_U)
 
 
 def placed(x_KHd: torch.Tensor, guests: Guests, guest_RHd: torch.Tensor | None) -> torch.Tensor:

@@ -120,7 +120,7 @@ class Backbone(nn.Module):
         for stage in pack.route.stages:
             active = router.enter(stage)
             x_KD, cos_K, sin_K = router.take(active, cos_T, sin_T)
-            context = Context(stage.sequences)
+            context = Context(stage.sequences, split=stage.split)
             if router.log_sizes_T is not None:
                 (context.log_sizes_K,) = router.take(active, router.log_sizes_T)[1:]
             for layer in range(stage.first_layer, stage.end_layer):

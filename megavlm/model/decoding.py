@@ -1,7 +1,10 @@
 """Decoding with a key/value cache, along a route: a token that skips layers leaves nothing in their caches.
 
 The whole sequences are laid out first, what is yet to be drawn as placeholders, and routed as in training; so every policy and selector
-decides as it did there. One packed forward pass over them fills the caches: nothing before a placeholder depends on it (P6).
+decides as it did there. One packed forward pass over them fills the caches: nothing before a placeholder depends on it (P6). Where a
+placeholder would decide which tokens are active, decoding is refused (`check_start`).
+
+Letters: B sequences, L keys in a cache, C candidates, R rows that give only keys and values.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +14,12 @@ import torch
 from torch.nn import functional
 
 from megavlm.data.pack.encode import EncodedSample
-from megavlm.data.pack.pack import Costing, Pack, build_pack
+from megavlm.data.pack.pack import Costing, build_pack
+from megavlm.model.attention import Context
 from megavlm.model.backbone import Backbone
-from megavlm.routing.route import Choice, Stage
+from megavlm.model.decoding_start import check_start
+from megavlm.routing.gates import at_least_float32
+from megavlm.routing.route import Choice, Route, Stage
 
 
 class Decoder:
@@ -22,14 +28,18 @@ class Decoder:
     Args:
         model: A `Backbone`, or a DeepSpeed engine around one.
         samples: Whole sequences; tokens from ``prompt_lengths`` on are placeholders.
-        prompt_lengths: Tokens given of each sequence.
+        prompt_lengths: Tokens given of each sequence, at least one; they may end anywhere, inside an image too.
         costing: Of the routing plan to follow.
         device: Where the model is.
         num_more: Text tokens to make room for after the sequences; text is active in every layer.
+
+    Raises:
+        MegavlmError: If what is not given would decide which tokens are active.
     """
 
     def __init__(
         self,
+        *,
         model: Callable,
         samples: Sequence[EncodedSample],
         prompt_lengths: Sequence[int],
@@ -37,35 +47,34 @@ class Decoder:
         device: torch.device,
         num_more: int = 0,
     ):
-        self.model, self.device = model, device
-        self.pack: Pack = build_pack(list(samples), costing, num_sources=1, lane=0, step=0, seed=0).to(device)
-        self.lengths_B = torch.tensor(self.pack.sequences.lengths, device=device)
+        self.model = model
+        self.device = device
+        pack = build_pack(list(samples), costing, num_sources=1, lane=0, step=0, seed=0)
+        check_start(pack, prompt_lengths, costing.plan.selectors)
+        self.pack = pack.to(device)
+        self.lengths_B = torch.tensor(pack.sequences.lengths, device=device)
         self.starts_B = self.lengths_B.cumsum(0) - self.lengths_B
         self.place_B = torch.tensor(list(prompt_lengths), device=device)
-        self.capacity = max(self.pack.sequences.lengths) + num_more
+        self.capacity = max(pack.sequences.lengths) + num_more
         self.caches: dict[int, LayerCache] = {}
-        self.gates = {
-            (s, choice.task): _GateCounts(choice, self.pack)
-            for s, stage in enumerate(self.pack.route.stages)
-            for choice in stage.choices
-            if choice.plan.how == "gate"
-        }
+        self.gates: dict[tuple[int, int], _GateCounts] = {}
+        """Of the gates of a stage for a task."""
 
     def start(self) -> torch.Tensor:
-        """Read the prompts; float32 logits ``[B, V]`` of the token after each."""
+        """Read the prompts; logits ``[B, V]`` of the token after each, in float32 or wider."""
         return self.model(self._prefill)
 
     def feed(self, tokens_B: torch.Tensor) -> torch.Tensor:
-        """Append a token to each sequence; float32 logits ``[B, V]`` of the next."""
-        self._tokens_B = tokens_B
-        logits_BV = self.model(self._step)
+        """Append a token to each sequence; logits ``[B, V]`` of the next."""
+        logits_BV = self.model(lambda backbone: self._step(backbone, tokens_B))
         self.place_B = self.place_B + 1
         return logits_BV
 
     def _prefill(self, backbone: Backbone) -> torch.Tensor:
         sequence_T = torch.repeat_interleave(torch.arange(len(self.lengths_B), device=self.device), self.lengths_B)
+        is_given_T = self.pack.positions_T < self.place_B[sequence_T]
 
-        def observe(layer, active, _q, k_KHd, v_KHd, _scale, context):
+        def fill_cache(layer: int, active: torch.Tensor | None, _q, k_KHd, v_KHd, _scale, context: Context):
             cache = self.caches[layer] = LayerCache(len(self.lengths_B), self.capacity, k_KHd)
             rows_K = torch.arange(len(sequence_T), device=self.device) if active is None else active
             bias_K = context.log_sizes_K
@@ -77,19 +86,29 @@ class Decoder:
                 rows_K = torch.cat([rows_K, rows_R])
                 k_KHd, v_KHd = torch.cat([k_KHd, guests.k_RHd]), torch.cat([v_KHd, guests.v_RHd])
                 bias_K = torch.cat([bias_K, bias_K.new_zeros(len(rows_R))])
-            is_given = self.pack.positions_T[rows_K] < self.place_B[sequence_T[rows_K]]
+            is_given = is_given_T[rows_K]
             cache.fill(sequence_T[rows_K][is_given], k_KHd[is_given], v_KHd[is_given], bias_K[is_given])
 
-        h_TD, _ = backbone.hidden_states(self.pack, observe)
+        hooks = []
+        for s, stage in enumerate(self.pack.route.stages):
+            for choice in stage.choices:
+                if choice.plan.how == "gate":
+                    counts = self.gates[s, choice.task] = _GateCounts(choice, self.pack.route, is_given_T)
+                    gate = backbone.gates[f"{choice.task}_{stage.first_layer}"]
+                    hooks.append(gate.register_forward_hook(counts.count_given))
+        h_TD, _ = backbone.hidden_states(self.pack, fill_cache)
+        for hook in hooks:
+            hook.remove()
         return self._logits(backbone, h_TD[self.starts_B + self.place_B - 1])
 
-    def _step(self, backbone: Backbone) -> torch.Tensor:
+    def _step(self, backbone: Backbone, tokens_B: torch.Tensor) -> torch.Tensor:
         model = backbone.causal_lm.model
-        h_BD = model.embed_tokens(self._tokens_B)
+        embedding_BD = h_BD = model.embed_tokens(tokens_B)
         cos_B, sin_B = (table[0] for table in model.rotary_emb(h_BD[None], self.place_B[None]))
         is_placeholder_B = self.place_B < self.lengths_B
         rows_B = torch.where(is_placeholder_B, self.starts_B + self.place_B, -1)
         for s, stage in enumerate(self.pack.route.stages):
+            self._inject(backbone, stage, rows_B, embedding_BD)
             is_active_B, gate_B = self._decide(backbone, s, stage, rows_B, h_BD)
             chosen_K = is_active_B.nonzero()[:, 0]
             if len(chosen_K) == 0:  # stock layers take no empty input; all ranks draw the same and skip together
@@ -98,40 +117,72 @@ class Decoder:
             for layer in range(stage.first_layer, stage.end_layer):
                 context = self.caches[layer].for_sequences(chosen_K)
                 x_KD = model.layers[layer](x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, context=context)[0]
-            gate_K1 = gate_B[chosen_K, None].to(h_BD.dtype)
-            h_BD = h_BD.index_copy(0, chosen_K, h_BD[chosen_K] + gate_K1 * (x_KD - h_BD[chosen_K]))
+            if gate_B is not None:
+                before_KD = h_BD[chosen_K]
+                x_KD = before_KD + gate_B[chosen_K, None].to(h_BD.dtype) * (x_KD - before_KD)
+            h_BD = h_BD.index_copy(0, chosen_K, x_KD)
         return self._logits(backbone, h_BD)
 
-    def _decide(self, backbone, s: int, stage: Stage, rows_B, h_BD) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which sequences' tokens are active in a stage, and what its outcome is scaled by."""
-        is_active_B = torch.ones(len(rows_B), dtype=torch.bool, device=self.device)
-        gate_B = torch.ones(len(rows_B), device=self.device)
-        if stage.active_K is not None:
-            is_active_B = torch.isin(rows_B, stage.active_K) | (rows_B < 0)
+    def _inject(self, backbone: Backbone, stage: Stage, rows_B: torch.Tensor, embedding_BD: torch.Tensor) -> None:
+        """Put keys and values of tokens that do not travel into the caches of a stage."""
+        for injection in stage.injections:
+            chosen_K = torch.isin(rows_B, injection.rows_R).nonzero()[:, 0]
+            if len(chosen_K) == 0:
+                continue
+            for layer in range(stage.first_layer, stage.end_layer):
+                k_KHd, v_KHd = backbone.injectors[f"{injection.task}_{layer}"](embedding_BD[chosen_K])
+                self.caches[layer].append(chosen_K, k_KHd, v_KHd)
+
+    def _decide(
+        self, backbone: Backbone, s: int, stage: Stage, rows_B: torch.Tensor, h_BD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Which sequences' tokens are active in a stage, and what its outcome is scaled by, if by anything."""
+        gate_B = None
+        if stage.active_K is None:
+            return torch.ones(len(rows_B), dtype=torch.bool, device=self.device), gate_B
+        is_active_B = torch.isin(rows_B, stage.active_K) | (rows_B < 0)
         for choice in stage.choices:
             if choice.plan.how == "gate":
-                logit_B = backbone.gates[f"{choice.task}_{stage.first_layer}"](h_BD)[:, 0].float()
+                logit_B = at_least_float32(backbone.gates[f"{choice.task}_{stage.first_layer}"](h_BD)[:, 0])
                 is_candidate_B, goes_B = self.gates[s, choice.task].decide(rows_B, logit_B > 0)
                 is_active_B = is_active_B | (is_candidate_B & goes_B)
+                gate_B = logit_B.new_ones(len(rows_B)) if gate_B is None else gate_B
                 gate_B = torch.where(is_candidate_B, logit_B.sigmoid(), gate_B)
+            else:
+                # of the spans that may be fed, all tokens are active or none: `check_start` has refused the others
+                rows_C = self.pack.route.candidates[choice.task].rows_C
+                is_active_B = is_active_B | torch.isin(rows_B, rows_C[choice.quota_C > 0])
         return is_active_B, gate_B
 
     def _logits(self, backbone: Backbone, h_BD: torch.Tensor) -> torch.Tensor:
-        return backbone.causal_lm.lm_head(backbone.causal_lm.model.norm(h_BD)).float()
+        return at_least_float32(backbone.causal_lm.lm_head(backbone.causal_lm.model.norm(h_BD)))
 
 
 class _GateCounts:
-    """Runs the quota of `megavlm.routing.gates.causal_quota` token by token."""
+    """Runs the quota of `megavlm.routing.gates.causal_quota` token by token.
 
-    def __init__(self, choice: Choice, pack: Pack):
-        among = pack.route.candidates[choice.task]
-        device = pack.tokens_T.device
-        num_rows = pack.num_tokens
-        self.quota_T, self.left_T = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
-        self.span_T = torch.full((num_rows,), -1, device=device)
-        self.quota_T[among.rows_C], self.left_T[among.rows_C] = choice.quota_C, among.left_C
-        self.span_T[among.rows_C] = among.span_C
-        self.opened_N = torch.zeros(len(among.lengths) + 1, dtype=torch.int64, device=device)
+    Args:
+        choice: Of the gate.
+        route: Of the whole sequences.
+        is_given_T: The tokens whose gates are counted when the prompts are read.
+    """
+
+    def __init__(self, choice: Choice, route: Route, is_given_T: torch.Tensor):
+        self.among = route.candidates[choice.task]
+        self.is_given_T = is_given_T
+        self.quota_T = torch.zeros(len(is_given_T), dtype=torch.int64, device=is_given_T.device)
+        self.left_T = torch.zeros_like(self.quota_T)
+        self.span_T = torch.full_like(self.quota_T, -1)
+        self.quota_T[self.among.rows_C] = choice.quota_C
+        self.left_T[self.among.rows_C] = self.among.left_C
+        self.span_T[self.among.rows_C] = self.among.span_C
+        self.opened_N = self.quota_T.new_zeros(len(self.among.lengths) + 1)
+        """Open gates so far of each span, and one place for rows that are in none."""
+
+    def count_given(self, _gate, _inputs, logit_C1: torch.Tensor) -> None:
+        """A forward hook of the gate: count the given tokens whose gates are open."""
+        is_open_C = (logit_C1[:, 0] > 0) & self.is_given_T[self.among.rows_C]
+        self.opened_N = self.opened_N.index_add(0, self.among.span_C, is_open_C.long())
 
     def decide(self, rows_B: torch.Tensor, is_open_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Whether each row is a candidate, and whether it goes through."""
@@ -170,6 +221,12 @@ class LayerCache:
         self.v_BLHd[sequence_K, place_K] = v_KHd[order]
         self.bias_BL[sequence_K, place_K] = bias_K[order]
 
+    def append(self, chosen_K: torch.Tensor, k_KHd: torch.Tensor, v_KHd: torch.Tensor) -> None:
+        """One more key and value for each of some sequences."""
+        self.k_BLHd[chosen_K, self.lengths_B[chosen_K]] = k_KHd
+        self.v_BLHd[chosen_K, self.lengths_B[chosen_K]] = v_KHd
+        self.lengths_B = self.lengths_B.index_add(0, chosen_K, torch.ones_like(chosen_K))
+
     def for_sequences(self, chosen_K: torch.Tensor) -> "CacheView":
         return CacheView(self, chosen_K)
 
@@ -189,9 +246,7 @@ class CacheView:
     def attend(self, q_KHd: torch.Tensor, k_KHd: torch.Tensor, v_KHd: torch.Tensor, scale: float) -> torch.Tensor:
         """Append the keys and values; attention of each query to its sequence's keys, ``[K, H, d]``."""
         cache, chosen = self.cache, self.chosen_K
-        cache.k_BLHd[chosen, cache.lengths_B[chosen]] = k_KHd
-        cache.v_BLHd[chosen, cache.lengths_B[chosen]] = v_KHd
-        cache.lengths_B = cache.lengths_B.index_add(0, chosen, torch.ones_like(chosen))
+        cache.append(chosen, k_KHd, v_KHd)
         lengths_K = cache.lengths_B[chosen]
         longest = int(cache.lengths_B.max())
         is_there_KL = torch.arange(longest, device=chosen.device) < lengths_K[:, None]

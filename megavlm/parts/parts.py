@@ -73,9 +73,11 @@ class Parts:
     def plan(self) -> RoutingPlan:
         """The policies with their schedule over the run; needs nothing that lies on the disk."""
         routing = self.config.routing
-        num_layers = read_configuration(self.config.model.architecture, 1).num_hidden_layers
+        shape = ModelShape.of(read_configuration(self.config.model.architecture, 1))
         schedule = Schedule(self.config.optimizer.num_steps, routing.warmup_fraction, routing.dense_finish_fraction)
-        return RoutingPlan(routing.understanding, routing.generation, num_layers, schedule)
+        plan = RoutingPlan(routing.understanding, routing.generation, shape.num_layers, schedule)
+        plan.check_head_width(shape.head_width)
+        return plan
 
     @cached_property
     def costing(self) -> Costing:

@@ -1,4 +1,7 @@
-"""Causal gates with an exact quota: the selector of `mixture_of_depths`."""
+"""Causal gates with an exact quota: the selector of `mixture_of_depths`.
+
+Letters: C candidates.
+"""
 
 import torch
 from torch import nn
@@ -8,11 +11,11 @@ from megavlm.routing.route import Choice
 from megavlm.routing.selectors import Candidates, sort_by_span
 
 
-def open_gates(gate: nn.Linear, h_TD: torch.Tensor, among: Candidates, choice: Choice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def open_gates(gate: nn.Module, h_TD: torch.Tensor, among: Candidates, choice: Choice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Let a learned gate choose ``choice.kept`` tokens of every span, each by itself and those before it alone.
 
     Args:
-        gate: D → 1.
+        gate: A linear map, D → 1.
         h_TD: The residual stream.
         among: The candidates.
         choice: How many of each span.
@@ -21,9 +24,9 @@ def open_gates(gate: nn.Linear, h_TD: torch.Tensor, among: Candidates, choice: C
         The chosen rows, ascending; what each row's outcome is scaled by ``[T]``, 1 for rows that are not candidates; the
         summed auxiliary loss.
     """
-    logit_C = gate(h_TD.index_select(0, among.rows_C))[:, 0].float()
+    logit_C = at_least_float32(gate(h_TD.index_select(0, among.rows_C))[:, 0])
     chosen_C = causal_quota(logit_C.detach() > 0, among, choice)
-    gate_T = torch.ones(len(h_TD), device=h_TD.device).index_copy(0, among.rows_C, logit_C.sigmoid())
+    gate_T = logit_C.new_ones(len(h_TD)).index_copy(0, among.rows_C, logit_C.sigmoid())
     # chosen ones first, in order; their number is known
     order_C = (~chosen_C).to(torch.int8).sort(stable=True).indices
     rows_K = among.rows_C.index_select(0, order_C[: sum(choice.kept)])
@@ -45,6 +48,11 @@ def causal_quota(open_C: torch.Tensor, among: Candidates, choice: Choice) -> tor
 
 def topk_loss(logit_C: torch.Tensor, among: Candidates, choice: Choice) -> torch.Tensor:
     """Sum of binary cross-entropies of the gates against membership in their span's top-k (arXiv 2404.02258, section 3.5)."""
-    order_C = sort_by_span(logit_C.detach(), among.span_C)
+    order_C = sort_by_span(logit_C.detach().float(), among.span_C)
     is_top_C = torch.zeros_like(logit_C).index_fill(0, order_C.index_select(0, choice.take_K), 1.0)
     return functional.binary_cross_entropy_with_logits(logit_C, is_top_C, reduction="sum")
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32; wider types as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,7 @@
-"""Bipartite merging of image tokens: the mechanism of the policy `merge` (ToMe, arXiv 2210.09461)."""
+"""Bipartite merging of image tokens: the mechanism of the policy `merge` (ToMe, arXiv 2210.09461).
+
+Letters: C candidates.
+"""
 
 import torch
 
@@ -41,7 +44,8 @@ def merge_spans(
         targets.append(fixed.index_select(0, closest.indices.index_select(0, gone)))
         orders.append(torch.cat([fixed, movable.index_select(0, stays), sources[-1]]))
     source, target = torch.cat(sources), torch.cat(targets)
-    size_T = torch.ones(len(h_TD), device=h_TD.device).index_add(0, target, torch.ones_like(target, dtype=torch.float32))
+    wide = torch.promote_types(h_TD.dtype, torch.float32)
+    size_T = torch.ones(len(h_TD), dtype=wide, device=h_TD.device).index_add(0, target, torch.ones_like(target, dtype=wide))
     total_TD = h_TD.index_add(0, target, h_TD.index_select(0, source))
     # rows that nothing merged into keep their bits: a division by 1 is exact
     return total_TD / size_T[:, None].to(h_TD.dtype), size_T.log(), torch.cat(orders)

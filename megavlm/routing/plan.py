@@ -1,4 +1,7 @@
-"""The policies of a run, resolved for a model: stages, and how many tokens are active in each (P4)."""
+"""The policies of a run, resolved for a model: stages, and how many tokens are active in each (P4).
+
+Letters: s stages.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +11,15 @@ import numpy as np
 from pydantic import SerializeAsAny
 
 from megavlm.errors import ConfigError
+from megavlm.routing.checks import check_policies
 from megavlm.routing.policies import AnyPolicy, Dense, LayerPlan, Policy
-from megavlm.routing.selectors import DEVICE_SELECTORS, HOST_SELECTORS
+from megavlm.routing.route import BIAS_WIDTH
+from megavlm.routing.selectors import DEVICE_SELECTORS
 from megavlm.routing.tasks import Task
 from megavlm.settings import Settings, Share
+
+WIDEST_HEAD = 256
+"""Columns of an attention head that kernels take at most (FlashAttention)."""
 
 
 class RoutingConfig(Settings):
@@ -56,7 +64,9 @@ class Schedule:
 
 def num_kept(length_tokens: np.ndarray, keep_ratio: np.ndarray) -> np.ndarray:
     """Active tokens of spans: the share rounded up, so that a share above 0 keeps at least one."""
-    return np.ceil(length_tokens * keep_ratio - 1e-9).astype(np.int64)
+    # a product that lies above a whole number by rounding alone is that number
+    rounded_up = np.ceil(length_tokens * keep_ratio - 1e-9).astype(np.int64)
+    return np.maximum(rounded_up, keep_ratio > 0)
 
 
 class RoutingPlan:
@@ -76,19 +86,17 @@ class RoutingPlan:
         self.schedule = schedule
         self.selectors = [understanding.selector_name, generation.selector_name]
         of_task = [understanding.layers(num_layers), generation.layers(num_layers)]
-        _check_generation(generation, of_task[Task.GENERATION])
-        _check_device_selector(understanding, of_task[Task.UNDERSTANDING])
-        _check_shared(understanding, generation, of_task)
+        check_policies(understanding, generation, of_task, num_layers)
         layer_plans = list(zip(*of_task, strict=True))
-        starts = [i for i in range(num_layers) if i == 0 or layer_plans[i] != layer_plans[i - 1]]
+        starts = [i for i in range(num_layers) if i == 0 or _begins_stage(layer_plans[i - 1], layer_plans[i])]
         self.bounds = list(zip(starts, [*starts[1:], num_layers]))
         self.plans: list[tuple[LayerPlan, LayerPlan]] = [layer_plans[first] for first in starts]
         # an injected prompt leaves its image alone
         keeps_spans = [[plan.how == "inject" and task == Task.GENERATION for task, plan in enumerate(p)] for p in self.plans]
         ratios = np.array([[plan.keep_ratio for plan in plans] for plans in self.plans])
         self._ratios = np.where(keeps_spans, 1.0, ratios)
-        # injection is a matter of architecture: no schedule turns it off
-        self._is_fixed = np.array([[plan.how == "inject" for plan in plans] for plans in self.plans])
+        self._injects = np.array([[plan.how == "inject" for plan in plans] for plans in self.plans])
+        self._merges = np.array([[plan.how == "merge" for plan in plans] for plans in self.plans])
 
     @property
     def num_stages(self) -> int:
@@ -100,11 +108,12 @@ class RoutingPlan:
 
     def injects(self, task: int) -> np.ndarray:
         """Whether each stage injects the rows of a task ``[num_stages]``."""
-        return self._is_fixed[:, task]
+        return self._injects[:, task]
 
-    def merges(self, strength: float) -> np.ndarray:
-        """Whether tokens of each stage stand for several ``[num_stages]``."""
-        return np.array([strength > 0 and any(plan.how == "merge" for plan in plans) for plans in self.plans])
+    def merged_spans(self, span_lengths: Sequence[int], span_tasks: Sequence[int], strength: float) -> np.ndarray:
+        """In which of N spans tokens stand for several ``[num_stages, N]``: where a merge leaves fewer than there were."""
+        is_shorter_sN = self.kept_tokens(span_lengths, span_tasks, strength) < np.asarray(span_lengths, np.int64)
+        return is_shorter_sN & self._merges[:, np.asarray(span_tasks, np.int64)]
 
     def layers_that(self, how: str, task: int) -> list[int]:
         """Layers whose plan for a task is of this kind: they have modules of their own."""
@@ -112,50 +121,40 @@ class RoutingPlan:
 
     def kept_tokens(self, span_lengths: Sequence[int], span_tasks: Sequence[int], strength: float) -> np.ndarray:
         """Active tokens ``[num_stages, N]`` of N spans at a strength of the schedule."""
-        ratios = 1 - (1 - self._ratios) * np.where(self._is_fixed, 1.0, strength)
+        # injection is a matter of architecture: no schedule turns it off
+        ratios = 1 - (1 - self._ratios) * np.where(self._injects, 1.0, strength)
         return num_kept(np.asarray(span_lengths, np.int64), ratios[:, np.asarray(span_tasks, np.int64)])
 
-    def is_device_choice(self, task: int, plan: LayerPlan) -> bool:
-        """Whether the device decides which of a task's tokens are active."""
-        return plan.how in ("gate", "merge") or (plan.how == "select" and self.selectors[task] in DEVICE_SELECTORS)
+    def is_device_choice(self, task: int, plan: LayerPlan, strength: float) -> bool:
+        """Whether the device decides which of a task's tokens are active: never where all are, but for gates, which scale them."""
+        if plan.how == "gate":
+            return True
+        if plan.keep_ratio == 1 or strength == 0:
+            return False
+        return plan.how == "merge" or (plan.how == "select" and self.selectors[task] in DEVICE_SELECTORS)
 
-    def needs_attention(self, stage: int) -> bool:
-        """Whether choices of a stage look at queries or keys of the layer before."""
-        return any(
-            plan.how == "merge"
-            or (plan.how == "select" and plan.keep_ratio < 1 and name in DEVICE_SELECTORS and DEVICE_SELECTORS[name].needs_attention)
-            for plan, name in zip(self.plans[stage], self.selectors)
-        )
+    def looks_at_attention(self, task: int, plan: LayerPlan) -> bool:
+        """Whether a choice of the device ranks by queries or keys of the layer before."""
+        if plan.how == "select":
+            return DEVICE_SELECTORS[self.selectors[task]].needs_attention
+        return plan.how == "merge"
 
+    def check_head_width(self, head_width: int) -> None:
+        """Refuse a merge whose attention no kernel can compute.
 
-def _check_generation(policy: Policy, plans: list[LayerPlan]) -> None:
-    if any(plan.how == "merge" for plan in plans):
-        raise ConfigError("routing.generation: merge would mix tokens with what they predict\n  do:    use it for understanding")
-    if plans[-1].keep_ratio < 1 and plans[-1].how != "inject":
-        raise ConfigError(
-            f"routing.generation: {policy.policy} drops tokens before their loss\n"
-            "  do:    choose a policy whose tokens come back before the last layer, such as random_ltd"
-        )
-    if policy.selector_name in DEVICE_SELECTORS:
-        raise ConfigError(
-            f"routing.generation: the selector {policy.selector_name} looks at what the model must predict\n"
-            f"  do:    use one of {', '.join(HOST_SELECTORS)}, or the policy mixture_of_depths"
-        )
-
-
-def _check_device_selector(policy: Policy, plans: list[LayerPlan]) -> None:
-    selector = DEVICE_SELECTORS.get(policy.selector_name)
-    if selector and selector.needs_attention and plans[0].keep_ratio < 1:
-        raise ConfigError(
-            f"routing.understanding: {policy.selector_name} looks at the layer before, and the first layer has none\n"
-            "  do:    leave the first layer dense"
-        )
+        Raises:
+            ConfigError: If heads of this width have no room for the bias of merged keys.
+        """
+        merges = any(plan.how == "merge" and plan.keep_ratio < 1 for plans in self.plans for plan in plans)
+        if merges and head_width + BIAS_WIDTH > WIDEST_HEAD:
+            widest = WIDEST_HEAD - BIAS_WIDTH
+            raise ConfigError(
+                f"routing.understanding: merge adds {BIAS_WIDTH} columns to attention heads; the model's are {head_width} wide, "
+                f"and kernels take at most {WIDEST_HEAD}\n"
+                f"  do:    choose another policy, or heads that are at most {widest} wide"
+            )
 
 
-def _check_shared(understanding: Policy, generation: Policy, of_task: list[list[LayerPlan]]) -> None:
-    blocks = [[plan.draw for plan in plans] for plans in of_task]
-    if understanding.policy == generation.policy == "shared_bypass" and blocks[0] != blocks[1]:
-        raise ConfigError(
-            "routing: shared_bypass has one block of layers for understanding and another for generation\n"
-            "  do:    give both the same first_layer and end_layer; only keep_ratio may differ"
-        )
+def _begins_stage(before: tuple[LayerPlan, LayerPlan], plans: tuple[LayerPlan, LayerPlan]) -> bool:
+    """Whether a layer decides for itself: its plan is another, or a gate's, which every layer has for itself."""
+    return plans != before or any(plan.how == "gate" for plan in plans)

@@ -3,6 +3,8 @@
 A stage is a run of consecutive layers that see the same rows of the pack. How many rows that are is a function of
 lengths, shares and the step alone (`RoutingPlan.kept_tokens`). *Which* rows a host selector keeps is decided here, when the pack is
 built; what depends on content is left to the device as a `Choice`, whose outcome has a size that is known here too.
+
+Letters: C candidates, R rows that give only keys and values, U all rows that give keys.
 """
 
 from collections.abc import Sequence
@@ -14,8 +16,6 @@ import torch
 from megavlm.routing.policies import LayerPlan
 from megavlm.routing.selectors import Candidates
 
-UNDERSTANDING, GENERATION = 0, 1
-"""The two kinds of image spans: those that the model reads and those that it draws."""
 BIAS_WIDTH = 8
 """Columns that attention adds to queries and keys to carry a bias per key: kernels want head widths in multiples of 8."""
 
@@ -54,6 +54,8 @@ class Choice:
     """Where the kept ones stand when the candidates are sorted by span and score."""
     quota_C: torch.Tensor
     """``kept`` for each candidate."""
+    needs_attention: bool = False
+    """It makes a ranking, or merges, by queries or keys of the layer before."""
 
 
 @dataclass
@@ -64,6 +66,20 @@ class Injection:
     rows_R: torch.Tensor
     sequences: Sequences
     """Boundaries of active and injected rows together."""
+
+
+@dataclass
+class Split:
+    """The sequences of a stage with merged tokens, whose keys carry a bias, and the others, which do not pay for it."""
+
+    merged_rows: torch.Tensor
+    """Where the rows of the former stand among those that give keys."""
+    other_rows: torch.Tensor
+    """Likewise those of the latter."""
+    back_U: torch.Tensor
+    """Brings both, one behind the other, back into the pack's order."""
+    merged: Sequences
+    others: Sequences
 
 
 @dataclass
@@ -79,7 +95,9 @@ class Stage:
     choices: list[Choice] = field(default_factory=list)
     injections: list[Injection] = field(default_factory=list)
     is_watched: bool = False
-    """The next stage chooses by queries or keys of this one's last layer."""
+    """A later stage chooses by queries or keys of this one's last layer."""
+    split: Split | None = None
+    """None where every sequence has merged tokens, or none has."""
 
     def map_tensors(self, function) -> "Stage":
         return map_tensors(self, function)
@@ -106,7 +124,7 @@ def map_tensors(holder, function):
             return function(value)
         if isinstance(value, list) and value and hasattr(value[0], "__dataclass_fields__"):
             return [map_tensors(item, function) for item in value]
-        return map_tensors(value, function) if isinstance(value, Sequences) else value
+        return map_tensors(value, function) if isinstance(value, (Sequences, Split)) else value
 
     return replace(holder, **{f.name: mapped(getattr(holder, f.name)) for f in fields(holder)})
 

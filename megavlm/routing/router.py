@@ -5,6 +5,8 @@
     …the stage's layers…
     router.write(active, x_KD)            back into the stream
 
+Letters: C candidates.
+
 Nothing here makes the host wait: every size and every index that does not depend on content comes with the route (P4).
 """
 
@@ -28,31 +30,33 @@ class Router:
     """
 
     def __init__(self, route: Route, h_TD: torch.Tensor, selectors: list[str], gates: nn.ModuleDict):
-        self.route, self.h_TD, self.selectors, self.gates = route, h_TD, selectors, gates
+        self.route = route
+        self.h_TD = h_TD
+        self.selectors = selectors
+        self.gates = gates
         self.log_sizes_T: torch.Tensor | None = None
         """Logarithm of how many tokens each row stands for; None before anything merged."""
         self.gate_T: torch.Tensor | None = None
         """What the stage's outcome is scaled by, for rows behind a learned gate."""
         self.gate_loss = h_TD.new_zeros((), dtype=torch.float32)
         """Sum over gated tokens of the auxiliary loss that teaches the gates."""
-        self._q_THd = self._k_THd = None
-        self._orders: dict[tuple[int, int], torch.Tensor] = {}
-        self._alive_T = dict.fromkeys(route.candidates)
+        self._q_THd = h_TD.new_zeros(0)
+        self._k_THd = h_TD.new_zeros(0)
+        self._scores: dict[tuple[int, int], torch.Tensor] = {}
+        """What ranks the candidates in a draw, by (task, draw)."""
+        self._merged_C: torch.Tensor | None = None
+        """Rows of merged spans, those that are left first."""
+        self._chosen: dict[int, torch.Tensor] = {}
+        """The rows chosen in the stage before, by task."""
 
     def enter(self, stage: Stage) -> torch.Tensor | None:
         """Active rows of a stage, ascending; None where that is all of them."""
         self.gate_T = None
-        deciding = {choice.task for choice in stage.choices}
-        for task in self._alive_T.keys() - deciding:
-            self._alive_T[task] = None
-        if not stage.choices:
+        self._chosen = {choice.task: self._choose(choice, stage) for choice in stage.choices}
+        # choices leave rows open, so active_K is only None here if there are no candidates at all
+        if stage.active_K is None or not self._chosen:
             return stage.active_K
-        rows = [self._choose(choice, stage) for choice in stage.choices]
-        # choices leave rows open, so active_K is never None here unless there are no candidates at all
-        fixed = [] if stage.active_K is None else [stage.active_K]
-        if not fixed:
-            return None
-        return torch.cat(fixed + rows).sort().values
+        return torch.cat([stage.active_K, *self._chosen.values()]).sort().values
 
     def take(self, active: torch.Tensor | None, *tables: torch.Tensor) -> list[torch.Tensor]:
         """The active rows of the residual stream and of the given tables."""
@@ -70,43 +74,44 @@ class Router:
     def watch(self, active: torch.Tensor | None, q_KHd: torch.Tensor, k_KHd: torch.Tensor) -> None:
         """Remember queries and keys of a stage's last layer, without rotary embedding, for the choices of the next.
 
-        Rows that were not active keep what they had.
+        Rows that were not active keep what they had: zeros, if they never were.
         """
         if active is None:
             self._q_THd, self._k_THd = q_KHd, k_KHd
             return
-        if self._q_THd is None:
+        if not len(self._q_THd):
             self._q_THd = q_KHd.new_zeros(len(self.h_TD), *q_KHd.shape[1:])
             self._k_THd = self._q_THd
         self._q_THd = self._q_THd.index_copy(0, active, q_KHd)
         self._k_THd = self._k_THd.index_copy(0, active, k_KHd)
 
     def _choose(self, choice: Choice, stage: Stage) -> torch.Tensor:
-        """Rows of a choice's candidates that are active, span by span."""
+        """Rows of a choice's candidates that are active."""
         among = self.route.candidates[choice.task]
-        key = (choice.task, choice.plan.draw)
         if choice.plan.how == "gate":
-            chosen_C, gate_T, loss = open_gates(self.gates[f"{choice.task}_{stage.first_layer}"], self.h_TD, among, choice)
+            rows_K, gate_T, loss = open_gates(self.gates[f"{choice.task}_{stage.first_layer}"], self.h_TD, among, choice)
             self.gate_T = gate_T if self.gate_T is None else self.gate_T * gate_T
-            self.gate_loss = self.gate_loss + loss
-            return chosen_C
-        if key not in self._orders:
-            if choice.plan.how == "merge":
-                self.h_TD, self.log_sizes_T, order_C = merge_spans(self.h_TD, self._k_THd, among, choice.kept)
-            else:
-                order_C = self._order(choice, among)
-            self._orders[key] = order_C
-        rows_K = self._orders[key].index_select(0, choice.take_K)
-        if choice.plan.nested:
-            alive_T = torch.zeros(len(self.h_TD), dtype=torch.bool, device=self.h_TD.device)
-            self._alive_T[choice.task] = alive_T.index_fill(0, rows_K, True)
-        return rows_K
+            self.gate_loss = self.gate_loss + loss.float()
+            return rows_K
+        order_C = self._merged(choice, among) if choice.plan.how == "merge" else self._ranked(choice, among)
+        return order_C.index_select(0, choice.take_K)
 
-    def _order(self, choice: Choice, among: Candidates) -> torch.Tensor:
-        """Rows of the candidates, span by span, within each the highest score first: one composite sort."""
-        evidence = Evidence(self.h_TD.detach(), self._q_THd, self._k_THd)
-        score_C = DEVICE_SELECTORS[self.selectors[choice.task]].score(evidence, among).float()
-        alive_T = self._alive_T[choice.task]
-        if choice.plan.nested and alive_T is not None:
-            score_C = score_C.masked_fill(~alive_T.index_select(0, among.rows_C), -torch.inf)
-        return among.rows_C.index_select(0, sort_by_span(score_C, among.span_C))
+    def _merged(self, choice: Choice, among: Candidates) -> torch.Tensor:
+        """Rows of the candidates, span by span, those that are left first; they merge in the first stage that asks."""
+        if self._merged_C is None:
+            self.h_TD, self.log_sizes_T, self._merged_C = merge_spans(self.h_TD, self._k_THd, among, choice.kept)
+        return self._merged_C
+
+    def _ranked(self, choice: Choice, among: Candidates) -> torch.Tensor:
+        """Rows of the candidates, span by span, within each the highest score of the draw first: one composite sort."""
+        draw = (choice.task, choice.plan.draw)
+        if draw not in self._scores:
+            evidence = Evidence(self.h_TD.detach(), self._q_THd, self._k_THd)
+            self._scores[draw] = DEVICE_SELECTORS[self.selectors[choice.task]].score(evidence, among).float()
+        group_C = among.span_C
+        if choice.plan.nested and choice.task in self._chosen:
+            # within each span, what was active in the stage before comes first
+            was_out_T = torch.ones(len(self.h_TD), dtype=torch.int64, device=self.h_TD.device)
+            was_out_T = was_out_T.index_fill(0, self._chosen[choice.task], 0)
+            group_C = 2 * group_C + was_out_T.index_select(0, among.rows_C)
+        return among.rows_C.index_select(0, sort_by_span(self._scores[draw], group_C))

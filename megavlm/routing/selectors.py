@@ -3,6 +3,8 @@
 A *host selector* gives every token of a span a score from its place and chance alone; the lowest stay. It never looks at the
 content, so it may serve spans that the model is to predict (P6). A *device selector* scores the tokens of all spans by their content when
 the stage begins, and the highest stay; it may serve spans that the model reads.
+
+Letters: C candidates, Q rows of questions.
 """
 
 import difflib
@@ -34,7 +36,7 @@ class Candidates:
     neighbours_C4: torch.Tensor
     """Rows above, below, left and right in the grid; the token's own where there is none."""
     question_rows_Q: torch.Tensor
-    """Rows that may rank a span: what follows it in its sample, up to the first token with a loss."""
+    """Rows that may rank a span: what follows it in its sample up to the first token with a loss, tokens of other images left out."""
     question_span_Q: torch.Tensor
     """Which span each ranks."""
 
@@ -49,21 +51,25 @@ class Evidence:
 
     h_TD: torch.Tensor
     """The residual stream before the stage."""
-    q_THd: torch.Tensor | None
-    """Queries of the layer before, without rotary embedding; None unless the selector needs them."""
-    k_THd: torch.Tensor | None
+    q_THd: torch.Tensor
+    """Queries of the layer before, without rotary embedding; of a row that was inactive there, those of the last layer it was active
+    in, and zeros if there is none. Empty unless the selector needs them."""
+    k_THd: torch.Tensor
     """Keys of the layer before, likewise; as many heads as the queries."""
 
 
 @dataclass(frozen=True)
 class DeviceSelector:
-    """A scoring function ``(evidence, candidates) -> scores [C]``, and whether it looks at the layer before."""
+    """A scoring function ``(evidence, candidates) -> scores [C]``, and what it looks at."""
 
     score: Callable[[Evidence, Candidates], torch.Tensor]
     needs_attention: bool
+    """Queries or keys of the layer before."""
+    needs_question: bool
+    """Rows behind the span that it scores."""
 
 
-def register_selector(name: str, on_device: bool = False, needs_attention: bool = False):
+def register_selector(name: str, on_device: bool = False, needs_attention: bool = False, needs_question: bool = True):
     """Decorator: make a selector known to recipes.
 
     Args:
@@ -71,11 +77,13 @@ def register_selector(name: str, on_device: bool = False, needs_attention: bool 
         on_device: It scores content: ``(evidence, candidates) -> scores [C]``, the highest stay. Otherwise
             ``(height, width, rng) -> scores [height*width]``, the lowest stay.
         needs_attention: A device selector that looks at queries or keys of the layer before.
+        needs_question: A device selector that looks at anything behind the span that it scores; where it does not, decoding may begin
+            before the question is complete.
     """
 
     def register(function):
         if on_device:
-            DEVICE_SELECTORS[name] = DeviceSelector(function, needs_attention)
+            DEVICE_SELECTORS[name] = DeviceSelector(function, needs_attention, needs_question)
         else:
             HOST_SELECTORS[name] = function
         return function
@@ -126,7 +134,7 @@ def stride(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     return score.astype(np.float64)
 
 
-@register_selector("key_norm", on_device=True, needs_attention=True)
+@register_selector("key_norm", on_device=True, needs_attention=True, needs_question=False)
 def key_norm(evidence: Evidence, candidates: Candidates) -> torch.Tensor:
     """Tokens with small keys stay: a small norm goes with much attention (Devoto et al., arXiv 2406.11430).
 
@@ -135,7 +143,7 @@ def key_norm(evidence: Evidence, candidates: Candidates) -> torch.Tensor:
     return -evidence.k_THd.float().square().sum((1, 2)).index_select(0, candidates.rows_C)
 
 
-@register_selector("redundancy", on_device=True)
+@register_selector("redundancy", on_device=True, needs_question=False)
 def redundancy(evidence: Evidence, candidates: Candidates) -> torch.Tensor:
     """Tokens unlike their neighbours in the grid stay: minus the mean cosine similarity of hidden states."""
     unit_TD = torch.nn.functional.normalize(evidence.h_TD.float(), dim=1)

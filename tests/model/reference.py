@@ -1,173 +1,336 @@
-"""The dense reference: computes with masks and loops what the router computes with gathers and closed forms.
+"""The independent reference: routes as the documentation tells them, one document at a time, with loops and masks, in float64.
 
-Every row goes through every layer; rows that are inactive in a layer are masked as keys, and their outputs are thrown away. Choices are
-made anew, naively, span by span. It reads the pack's tokens and layout and the plan, and of the route only what chance decided.
+Shares no code with megavlm: weights are read by name, the decoder (Llama, Qwen2, Qwen3) is written out, the policies' layers are restated
+from docs/routing.md, and every token goes through every layer; what is inactive is masked as a key and its outcome thrown away. Of the
+route it takes one thing: what chance decided, and only if one ranking per span and draw explains every layer.
 """
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface
 
-from megavlm.model.backbone import Backbone
-from megavlm.routing.plan import num_kept
-from megavlm.routing.tasks import Task
+from megavlm.routing import selectors as routing_selectors  # to record what chance decides, no more
 
-
-def _attention(module, query, key, value, attention_mask, *, scaling, guests, **_unused):
-    groups = query.shape[1] // key.shape[1]
-    if guests is not None:
-        rows, k_RHd, v_RHd = guests
-        key, value = (x.index_copy(2, rows, new.transpose(0, 1)[None]) for x, new in ((key, k_RHd), (value, v_RHd)))
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    weights = (query @ key.transpose(2, 3) * scaling + attention_mask).softmax(-1)
-    return (weights @ value).transpose(1, 2), None
+READ, DRAWN = 0, 1
 
 
-AttentionInterface.register("reference", _attention)
+class Plan(NamedTuple):
+    keep: float = 1.0
+    draw: int = 0
+    nested: bool = False
+    how: str = "select"
+
+
+def documented_plans(policy, num_layers: int) -> list[Plan]:
+    """The table of docs/routing.md."""
+    everything, layers = Plan(), range(num_layers)
+    end = getattr(policy, "end_layer", 0) or 0
+    end = end + num_layers if end < 0 else end
+    if policy.policy == "dense":
+        return [everything] * num_layers
+    if policy.policy == "late_drop":
+        return [everything if i < policy.after_layer else Plan(0.0) for i in layers]
+    if policy.policy == "late_entry":
+        return [Plan(0.0) if i < policy.at_layer else everything for i in layers]
+    if policy.policy == "pyramid":
+        return [Plan(policy.keep_ratio ** (i * policy.num_parts // num_layers), i * policy.num_parts // num_layers, True) for i in layers]
+    if policy.policy == "random_ltd":
+        return [everything if i in (0, num_layers - 1) else Plan(policy.keep_ratio, i) for i in layers]
+    if policy.policy in ("tread", "shared_bypass"):
+        return [Plan(policy.keep_ratio, 1) if policy.first_layer <= i < end else everything for i in layers]
+    if policy.policy == "mixture_of_depths":
+        return [Plan(policy.keep_ratio, i, how="gate") if i % 2 and i < num_layers - 1 else everything for i in layers]
+    if policy.policy == "kv_injection":
+        return [Plan(0.0, how="inject")] * num_layers
+    if policy.policy == "merge":
+        return [everything if i < policy.at_layer else Plan(policy.keep_ratio, how="merge") for i in layers]
+    return [Plan(*plan) for plan in policy.layers(num_layers)]  # of a user: these are its documentation
+
+
+@contextmanager
+def recorded_chance():
+    """What the selector `random` hands out meanwhile."""
+    original, drawn = routing_selectors.HOST_SELECTORS["random"], []
+
+    def recording(height, width, rng):
+        drawn.append(original(height, width, rng))
+        return drawn[-1]
+
+    routing_selectors.HOST_SELECTORS["random"] = recording
+    try:
+        yield drawn
+    finally:
+        routing_selectors.HOST_SELECTORS["random"] = original
+
+
+class Seen(NamedTuple):
+    """What a content selector may look at, of one image."""
+
+    h: torch.Tensor
+    """The document's residual stream before the layer ``[n, D]``."""
+    q: torch.Tensor
+    """Queries before rotary embedding, of the last layer in which each token was active ``[n, H, d]``."""
+    k: torch.Tensor
+    places: list[int]
+    height: int
+    width: int
+    question: list[int]
+
+
+def key_norm(seen: Seen) -> list[float]:
+    return [-float((seen.k[p] ** 2).sum()) for p in seen.places]
+
+
+def redundancy(seen: Seen) -> list[float]:
+    scores = []
+    for i, place in enumerate(seen.places):
+        y, x = divmod(i, seen.width)
+        near = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+        near = [seen.places[a * seen.width + b] for a, b in near if 0 <= a < seen.height and 0 <= b < seen.width]
+        cosines = [float(functional.cosine_similarity(seen.h[place], seen.h[p], dim=0)) for p in near]
+        scores.append(-sum(cosines) / len(cosines) if cosines else 0.0)
+    return scores
+
+
+def question_attention(seen: Seen) -> list[float]:
+    if not seen.question:
+        return [0.0] * len(seen.places)
+    query = seen.q[seen.question].mean(0)
+    weights = torch.einsum("hd,lhd->hl", query, seen.k[seen.places]) / math.sqrt(query.shape[1])
+    return weights.softmax(1).mean(0).tolist()
+
+
+CONTENT: dict[str, Callable[[Seen], list[float]]] = {
+    "key_norm": key_norm,
+    "redundancy": redundancy,
+    "question_attention": question_attention,
+}
+
+
+def bayer(height: int, width: int) -> np.ndarray:
+    """The ordered-dither matrix by its recursion, cut to the grid."""
+    matrix = np.zeros((1, 1))
+    while len(matrix) < max(height, width):
+        matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])
+    return matrix[:height, :width].ravel()
 
 
 class Reference:
-    """One pack through a backbone; ``losses()`` is like ``backbone(pack)``, ``active`` tells which rows each layer saw."""
+    """Documents along the routes of two policies.
 
-    def __init__(self, backbone: Backbone, pack, samples, plan, strength: float = 1.0):
-        self.backbone, self.pack, self.samples, self.plan, self.strength = backbone, pack, samples, plan, strength
-        offsets = np.cumsum([0] + [sample.num_tokens for sample in samples])
-        self.spans = [(s, offset, span) for s, offset in zip(samples, offsets) for span in s.spans]
-        self.prompts = [offset + place for s, offset in zip(samples, offsets) for place in s.prompt_places]
-        self.gate_loss = 0.0
-        self.active = []
+    Args:
+        backbone: For its weights.
+        samples: The documents.
+        policies: For images that are read and that are drawn.
+        strength: Of the schedule.
+        route: Of a pack of the documents: says what chance chose.
+        drawn: What `recorded_chance` recorded when it was built.
+    """
+
+    def __init__(self, backbone, samples, policies, strength=1.0, route=None, drawn=()):
+        self.weights = dict(backbone.named_parameters())
+        self.config = backbone.causal_lm.config
+        self.samples, self.policies, self.strength = samples, policies, strength
+        self.plans = [documented_plans(policy, self.config.num_hidden_layers) for policy in policies]
+        self.drawn, self.route, self.options = drawn, route, {}
+
+    def streams(self) -> list[torch.Tensor]:
+        """The residual stream of every document after the last layer ``[n, D]``."""
+        self.gate_loss, self.active = 0.0, [[] for _ in self.samples]
+        return [self._document(d) for d in range(len(self.samples))]
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        head = self.weights.get("causal_lm.lm_head.weight", self.weights["causal_lm.model.embed_tokens.weight"])
+        return self._norm("norm", h) @ head.T
 
     def losses(self) -> torch.Tensor:
-        lm, pack = self.backbone.causal_lm, self.pack
-        model = lm.model
-        lm.config._attn_implementation = "reference"
-        num = pack.num_tokens
-        document = torch.repeat_interleave(torch.arange(len(pack.sequences.lengths)), torch.tensor(pack.sequences.lengths))
-        inside = torch.ones(num, num, dtype=torch.bool).tril() & (document[:, None] == document)
-        embedding = h = model.embed_tokens(pack.tokens_T)
-        rotary = model.rotary_emb(h[None], pack.positions_T[None])
-        sizes, chosen, alive, seen = torch.ones(num, dtype=h.dtype), {}, {}, None
-        for s, (first, end) in enumerate(self.plan.bounds):
-            is_active = torch.ones(num, dtype=torch.bool)
-            gate = torch.ones(num, dtype=h.dtype)
-            guest_rows = []
-            for task, plan in enumerate(self.plan.plans[s]):
-                if plan.how == "inject" and task == Task.GENERATION:
-                    is_active[self.prompts] = False
-                    guest_rows.append((task, torch.tensor(self.prompts, dtype=torch.int64)))
-                if plan.how == "inject" and task == Task.UNDERSTANDING:
-                    rows = [offset + span.start + i for _, offset, span in self.spans if span.task == task for i in range(span.length)]
-                    is_active[rows] = False
-                    guest_rows.append((task, torch.tensor(rows, dtype=torch.int64)))
-            for n, (sample, offset, span) in enumerate(self.spans):
-                plan = self.plan.plans[s][span.task]
-                if plan.how == "inject":
-                    continue
-                rows = torch.arange(offset + span.start, offset + span.start + span.length)
-                ratio = 1 - (1 - plan.keep_ratio) * self.strength
-                kept = int(num_kept(np.array(span.length), np.array(ratio)))
-                is_active[rows] = False
-                if plan.how == "gate":
-                    picked = self._gated(f"{span.task}_{first}", h, rows, kept, gate)
-                elif not self.plan.is_device_choice(span.task, plan) or plan.keep_ratio == 1:
-                    route_stage = pack.route.stages[s]
-                    open_rows = torch.arange(num) if route_stage.active_K is None else route_stage.active_K
-                    picked = rows[torch.isin(rows, open_rows)]
-                    assert len(picked) == kept
-                    alive[n] = set(rows.tolist())
-                elif plan.how == "merge":
-                    if n not in chosen:
-                        h, chosen[n] = self._merged(h, seen[1], rows, kept, sizes)
-                    picked = chosen[n]
-                else:
-                    if (n, plan.draw) not in chosen:
-                        among = alive.get(n, set(rows.tolist())) if plan.nested else set(rows.tolist())
-                        chosen[n, plan.draw] = self._scored(span, sample, offset, rows, h, seen, among)
-                    picked = chosen[n, plan.draw][:kept]
-                    alive[n] = set(picked.tolist())
-                is_active[picked] = True
-            before, merges = h, bool((sizes > 1).any())
-            for layer in range(first, end):
-                attends = is_active.clone()
-                guests = None
-                if guest_rows:
-                    made = [self.backbone.injectors[f"{task}_{layer}"](embedding[rows]) for task, rows in guest_rows]
-                    rows = torch.cat([rows for _, rows in guest_rows])
-                    guests = (rows, torch.cat([k for k, _ in made]), torch.cat([v for _, v in made]))
-                    attends[rows] = True
-                # inactive rows see themselves, so that their thrown-away outputs are numbers
-                allowed = (inside & attends) | torch.eye(num, dtype=torch.bool)
-                mask = torch.zeros(num, num, dtype=h.dtype).masked_fill(~allowed, -torch.inf)
-                if merges:
-                    mask = mask + sizes.log()
-                module = model.layers[layer]
-                new_seen = _queries_and_keys(module, h)
-                seen = new_seen if seen is None else [torch.where(is_active[:, None, None], n, o) for n, o in zip(new_seen, seen)]
-                out = module(h[None], attention_mask=mask[None, None], position_embeddings=rotary, guests=guests)[0]
-                h = torch.where(is_active[:, None], out, h)
-                self.active.append(is_active)
-            h = torch.where(is_active[:, None], before + gate[:, None] * (h - before), h)
-        logits = lm.lm_head(model.norm(h))
-        loss_M = functional.cross_entropy(logits[pack.rows_M].float(), pack.targets_M, reduction="none")
-        sums = torch.zeros(self.backbone.num_groups).index_add(0, pack.groups_M, loss_M)
-        return torch.cat([sums, torch.as_tensor(self.gate_loss, dtype=torch.float32)[None]])
+        """Sums of cross-entropy per task, and of the gates' loss, as the backbone gives them for one source."""
+        # nothing may have a loss
+        sums = [0 * self.weights["causal_lm.model.norm.weight"].sum().float()] * 3
+        for sample, h in zip(self.samples, self.streams()):
+            logits = self.logits(h)
+            for place in np.flatnonzero(sample.has_loss):
+                task = int(sample.tasks[place])
+                sums[task] = sums[task] + functional.cross_entropy(logits[place - 1].float(), torch.tensor(sample.tokens[place]))
+        return torch.stack([*sums, torch.as_tensor(self.gate_loss, dtype=torch.float32)])
 
-    def _gated(self, name, h, rows, kept, gate):
-        logits = self.backbone.gates[name](h[rows])[:, 0].float()
-        gate[rows] = logits.sigmoid().to(gate.dtype)
+    def _document(self, d: int) -> torch.Tensor:
+        sample, config = self.samples[d], self.config
+        n = len(sample.tokens)
+        heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        embedding = h = self.weights["causal_lm.model.embed_tokens.weight"][torch.from_numpy(sample.tokens)]
+        images = [(span.start, span.height, span.width, DRAWN if span.has_loss else READ) for span in sample.spans]
+        of_image = {start + i for start, height, wide, _ in images for i in range(height * wide)}
+        labelled = np.flatnonzero(sample.has_loss).tolist()
+        prompt = [p for p in range((labelled[0] if labelled else n) - 1) if p not in of_image] if sample.task == DRAWN else []
+        q_seen = k_seen = torch.zeros(n, heads, width, dtype=h.dtype)
+        sizes, before, scores, merged = torch.ones(n, dtype=h.dtype), {}, {}, {}
+        for layer in range(config.num_hidden_layers):
+            active, guests, gate = set(range(n)), {}, torch.ones(n, dtype=h.dtype)
+            if self.plans[DRAWN][layer].how == "inject":
+                guests |= dict.fromkeys(prompt, DRAWN)
+            for i, (start, height, wide, task) in enumerate(images):
+                places, plan = list(range(start, start + height * wide)), self.plans[task][layer]
+                kept = self._kept(plan, len(places))
+                if plan.how == "inject":
+                    chosen = places if task == DRAWN else []
+                    guests |= {} if task == DRAWN else dict.fromkeys(places, READ)
+                elif plan.how == "gate":
+                    chosen = self._gated(f"gates.{task}_{layer}", h, places, kept, gate)
+                elif kept == len(places) and (plan.keep == 1 or plan.how == "merge"):
+                    chosen = places
+                elif plan.how == "merge":
+                    if i not in merged:
+                        h, merged[i] = self._merged(h, k_seen, places, kept, sizes)
+                    chosen = merged[i]
+                else:
+                    among = before.get(i, places) if plan.nested else places
+                    name = getattr(self.policies[task], "selector", "random")
+                    if name == "random":
+                        chosen = self._by_chance(d, i, layer, places, among, kept, plan.draw)
+                    else:
+                        if (i, plan.draw) not in scores:
+                            end = start + len(places)
+                            stop = min([p for p in labelled if p >= end], default=n)
+                            question = [p for p in range(end, stop) if p not in of_image]
+                            seen = Seen(h.detach(), q_seen, k_seen, places, height, wide, question)
+                            scores[i, plan.draw] = -bayer(height, wide) if name == "stride" else CONTENT[name](seen)
+                        # the highest score first, in float32; then the first in the image
+                        key = dict(zip(places, np.asarray(scores[i, plan.draw], np.float32).tolist()))
+                        chosen = sorted(sorted(among, key=lambda p: (-key[p], p))[:kept])
+                assert len(chosen) == kept or plan.how == "inject"
+                before[i] = chosen
+                active -= set(places) - set(chosen)
+            active -= set(guests)
+            out, q, k = self._layer(layer, h, embedding, active, guests, sizes.log(), groups, width)
+            is_active = torch.tensor([p in active for p in range(n)])
+            self.active[d].append(is_active)
+            q_seen, k_seen = (torch.where(is_active[:, None, None], x.detach(), old) for x, old in ((q, q_seen), (k, k_seen)))
+            h = torch.where(is_active[:, None], h + gate[:, None] * (out - h), h)
+        return h
+
+    def _kept(self, plan: Plan, length: int) -> int:
+        share = 1 - (1 - plan.keep) * self.strength
+        return 0 if share == 0 else max(1, math.ceil(length * share - 1e-9))
+
+    def _layer(self, layer, h, embedding, active, guests, log_sizes, groups, width):
+        """The outcome for every token as if it were active; queries and keys before rotary embedding."""
+        n, name = len(h), f"layers.{layer}."
+        x = self._norm(name + "input_layernorm", h)
+        q, k, v = (self._linear(f"{name}self_attn.{p}_proj", x).unflatten(1, (-1, width)) for p in "qkv")
+        if f"causal_lm.model.{name}self_attn.q_norm.weight" in self.weights:
+            q, k = self._norm(name + "self_attn.q_norm", q), self._norm(name + "self_attn.k_norm", k)
+        plain_q, plain_k = q, k.repeat_interleave(groups, 1)
+        q, k = self._rotated(q), self._rotated(k)
+        for task in (READ, DRAWN):
+            rows = [p for p, of in guests.items() if of == task]
+            if rows:
+                part = f"injectors.{task}_{layer}."
+                e = embedding[rows]
+                e = e / (e.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.weights[part + "norm.weight"]
+                k = k.index_copy(0, torch.tensor(rows), (e @ self.weights[part + "k_proj.weight"].T).unflatten(1, (-1, width)))
+                v = v.index_copy(0, torch.tensor(rows), (e @ self.weights[part + "v_proj.weight"].T).unflatten(1, (-1, width)))
+        allowed = torch.zeros(n, n, dtype=torch.bool)
+        for place in range(n):
+            for other in range(place + 1):
+                # an inactive token sees itself, so that what is thrown away is a number
+                allowed[place, other] = other in active or other in guests or other == place
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        logits = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(width) + log_sizes
+        mixed = torch.einsum("hqk,khd->qhd", logits.masked_fill(~allowed, -torch.inf).softmax(-1), v)
+        h = h + self._linear(name + "self_attn.o_proj", mixed.flatten(1))
+        x = self._norm(name + "post_attention_layernorm", h)
+        inner = functional.silu(self._linear(name + "mlp.gate_proj", x)) * self._linear(name + "mlp.up_proj", x)
+        return h + self._linear(name + "mlp.down_proj", inner), plain_q, plain_k
+
+    def _linear(self, name, x):
+        bias = self.weights.get(f"causal_lm.model.{name}.bias")
+        y = x @ self.weights[f"causal_lm.model.{name}.weight"].T
+        return y if bias is None else y + bias
+
+    def _norm(self, name, x):
+        return x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * self.weights[f"causal_lm.model.{name}.weight"]
+
+    def _rotated(self, x):
+        half = x.shape[2] // 2
+        frequency = self.config.rope_parameters["rope_theta"] ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle = (torch.arange(len(x))[:, None] * frequency)[:, None]
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    def _by_chance(self, d, i, layer, places, among, kept, draw):
+        """What the route kept of an image, if a single ranking of this draw explains it here as in the layers before."""
+        stage = next(stage for stage in self.route.stages if stage.first_layer <= layer < stage.end_layer)
+        offset = sum(len(sample.tokens) for sample in self.samples[:d])
+        rows = None if stage.active_K is None else set(stage.active_K.tolist())
+        chosen = [p for p in places if rows is None or offset + p in rows]
+        if kept == len(places):
+            return chosen
+        options = self.options.get((d, i, draw), [scores for scores in self.drawn if len(scores) == len(places)])
+        of_place = [dict(zip(places, scores)) for scores in options]
+        fits = [s for s, key in zip(options, of_place) if sorted(sorted(among, key=key.__getitem__)[:kept]) == chosen]
+        assert fits or not kept, "no ranking of the draw explains what was chosen"
+        self.options[d, i, draw] = fits if kept else options
+        return chosen
+
+    def _gated(self, name, h, places, kept, gate):
+        logits = h[places] @ self.weights[name + ".weight"][0] + self.weights[name + ".bias"][0]
+        gate[places] = logits.sigmoid()
         picked = []
         for i, logit in enumerate(logits.tolist()):
-            must = kept - len(picked) == len(rows) - i
+            must = kept - len(picked) == len(places) - i
             if must or (logit > 0 and len(picked) < kept):
-                picked.append(i)
-        top = torch.zeros(len(rows))
+                picked.append(places[i])
+        top = torch.zeros_like(logits)
         top[logits.detach().sort(descending=True, stable=True).indices[:kept]] = 1.0
         self.gate_loss = self.gate_loss + functional.binary_cross_entropy_with_logits(logits, top, reduction="sum")
-        return rows[picked]
+        return picked
 
-    def _scored(self, span, sample, offset, rows, h, seen, among):
-        selector = self.plan.selectors[span.task]
-        if selector == "key_norm":
-            score = -seen[1][rows].float().square().sum((1, 2))
-        elif selector == "redundancy":
-            score = torch.zeros(span.length)
-            for i in range(span.length):
-                y, x = divmod(i, span.width)
-                near = [(y + a, x + b) for a, b in ((-1, 0), (1, 0), (0, -1), (0, 1))]
-                near = [rows[a * span.width + b] for a, b in near if 0 <= a < span.height and 0 <= b < span.width]
-                cosines = [functional.cosine_similarity(h[rows[i]].float(), h[r].float(), dim=0) for r in near]
-                score[i] = -sum(cosines) / max(1, len(cosines))
-        else:
-            labelled = [i for i in np.flatnonzero(sample.has_loss) if i >= span.start + span.length]
-            end = labelled[0] if labelled else sample.num_tokens
-            question = seen[0][offset + span.start + span.length : offset + end].float().mean(0)
-            score = torch.einsum("hd,lhd->hl", question, seen[1][rows].float() * seen[1].shape[2] ** -0.5).softmax(1).mean(0)
-        dead = torch.tensor([int(row) not in among for row in rows])
-        return rows[score.detach().masked_fill(dead, -torch.inf).sort(descending=True, stable=True).indices]
-
-    def _merged(self, h, keys, rows, kept, sizes):
-        unit = functional.normalize(keys[rows].float().mean(1), dim=1)
-        fixed, movable = rows[0::2], rows[1::2]
-        if len(movable) == 0:
-            return h, rows
-        similarity = unit[1::2] @ unit[0::2].T
-        ranked = similarity.max(1).values.sort(descending=True, stable=True).indices
-        gone = ranked[: len(rows) - kept]
-        total, count = h.clone(), torch.ones(len(h), dtype=h.dtype)
-        for i in gone.tolist():
-            target = fixed[similarity[i].argmax()]
-            total[target] = total[target] + h[movable[i]]
-            count[target] += 1
-        sizes *= count
-        return total / count[:, None], torch.cat([fixed, movable[ranked[len(gone) :]]]).sort().values
+    def _merged(self, h, k_seen, places, kept, sizes):
+        keys = functional.normalize(k_seen[places].mean(1), dim=1)
+        fixed, movable = list(range(0, len(places), 2)), list(range(1, len(places), 2))
+        closest = {m: max(fixed, key=lambda f: float(keys[m] @ keys[f])) for m in movable}
+        gone = sorted(movable, key=lambda m: -float(keys[m] @ keys[closest[m]]))[: len(places) - kept]
+        met = {f: [f, *(m for m in gone if closest[m] == f)] for f in fixed}
+        new = h.clone()
+        for f, group in met.items():
+            new[places[f]] = sum(h[places[g]] for g in group) / len(group)
+            sizes[places[f]] = len(group)
+        return new, [p for i, p in enumerate(places) if i not in gone]
 
 
-def _queries_and_keys(layer, h):
-    """Before rotary embedding, ``[T, H, d]`` each."""
-    with torch.no_grad():
-        attention, x = layer.self_attn, layer.input_layernorm(h)
-        q, k = (p(x).unflatten(1, (-1, attention.head_dim)) for p in (attention.q_proj, attention.k_proj))
-        if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        return [q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)]
+class ExactNorm(nn.Module):
+    """A stock norm in the precision of its input: theirs is in float32 whatever they are given."""
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide / (wide.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()).to(x.dtype)
+
+
+class ExactRotary(nn.Module):
+    """Stock rotary tables in the precision of the hidden states, likewise."""
+
+    @torch.no_grad()
+    def forward(self, x, position_ids):
+        half = len(self.inv_freq)
+        exponents = torch.arange(half, dtype=torch.float64, device=x.device) / half
+        angle = position_ids[..., None] * self.config.rope_parameters["rope_theta"] ** -exponents
+        table = torch.cat([angle, angle], -1)
+        return table.cos().to(x.dtype), table.sin().to(x.dtype)
+
+
+def make_exact(backbone):
+    """Swap what computes in float32 in the stock model, so that a float64 model is one."""
+    for module in backbone.causal_lm.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.__class__ = ExactNorm
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.__class__ = ExactRotary
+    return backbone

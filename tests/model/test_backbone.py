@@ -9,12 +9,15 @@ import torch
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavlm.data.pack.pack import build_pack
+from megavlm.data.pack.pack import Costing, build_pack
 from megavlm.errors import ConfigError
 from megavlm.model.backbone import Backbone, make_causal_lm
+from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.policies import Merge, Pyramid, RandomLTD, SharedBypass, Tread
 from megavlm.routing.route import Route, Stage
-from tests.model.reference import Reference
-from tests.routing.layouts import LAYOUTS, NUM_LAYERS, POLICIES, VOCABULARY, costing, make_pack, make_samples, plan
+from megavlm.routing.selectors import DEVICE_SELECTORS, HOST_SELECTORS
+from tests.model.reference import Reference, make_exact, recorded_chance
+from tests.routing.layouts import LAYOUTS, NUM_LAYERS, POLICIES, SHAPE, VOCABULARY, costing, make_pack, make_samples, plan
 
 ARCHITECTURES = {
     "qwen3": {"head_dim": 8},
@@ -33,6 +36,10 @@ MIXED = [
 
 @functools.cache
 def make_backbone(policy="dense", model_type="qwen3", chunk_rows=16, **options):
+    return backbone_of(plan(policy), model_type, chunk_rows, **options)
+
+
+def backbone_of(plan, model_type="qwen3", chunk_rows=16, **options):
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 32,
@@ -43,11 +50,11 @@ def make_backbone(policy="dense", model_type="qwen3", chunk_rows=16, **options):
         "initializer_range": 0.2,
     }
     causal_lm = make_causal_lm({"model_type": model_type} | sizes | ARCHITECTURES[model_type], VOCABULARY)
-    backbone = Backbone(causal_lm, plan(policy), num_sources=1, max_labels=200, chunk_rows=chunk_rows, **options)
+    backbone = Backbone(causal_lm, plan, num_sources=1, max_labels=200, chunk_rows=chunk_rows, **options)
     for name, parameter in backbone.named_parameters():
         if "gates" in name or "norm" in name:  # as if trained: normalised keys all have the same norm otherwise
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
-    return backbone.double()
+    return make_exact(backbone).double()
 
 
 def loss_and_gradients(backbone, loss):
@@ -64,20 +71,30 @@ def assert_close(first, second, tolerance):
         torch.testing.assert_close(gradient, second[1][name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-# cross-entropy is float32 in the model, whatever its precision; the rest of the comparison is float64
-TOLERANCE = 2e-5
+# cross-entropy is float32 in the model, whatever its precision; all else is float64
+TOLERANCE, EXACT = 2e-5, 1e-11
+
+
+def assert_equals_reference(backbone, samples, costing, policies, strength=1.0):
+    """The packed forward and backward pass against the independent reference."""
+    with recorded_chance() as drawn:
+        pack = build_pack(samples, costing, num_sources=1, lane=0, step=0, seed=0)
+    reference = Reference(backbone, samples, policies, strength, pack.route, drawn)
+    with torch.no_grad():
+        streams = reference.streams()
+        torch.testing.assert_close(backbone.hidden_states(pack)[0], torch.cat(streams), rtol=EXACT, atol=EXACT)
+    # what the packer counted on is what took part
+    for stage in pack.route.stages:
+        for layer in range(stage.first_layer, stage.end_layer):
+            active = [int(of_document[layer].sum()) for of_document in reference.active]
+            assert [num for num in active if num] == stage.sequences.lengths
+    routed = loss_and_gradients(backbone, lambda: backbone(pack))
+    assert_close(routed, loss_and_gradients(backbone, reference.losses), TOLERANCE)
 
 
 def assert_router_equals_masks(policy, layout, model_type="qwen3", strength=1.0):
     backbone, samples = make_backbone(policy, model_type), make_samples(layout)
-    pack = make_pack(layout, policy, strength=strength)
-    reference = Reference(backbone, pack, samples, plan(policy), strength)
-    routed = loss_and_gradients(backbone, lambda: backbone(pack))
-    assert_close(routed, loss_and_gradients(backbone, reference.losses), TOLERANCE)
-    # what the packer counted on is what took part
-    for stage in pack.route.stages:
-        for layer in range(stage.first_layer, stage.end_layer):
-            assert reference.active[layer].sum() == sum(stage.sequences.lengths)
+    assert_equals_reference(backbone, samples, costing(policy, strength), POLICIES[policy], strength)
 
 
 @EVERY_POLICY
@@ -140,6 +157,20 @@ def test_every_policy_without_parts_of_its_own_is_bit_identical_to_dense_when_it
     backbone = make_backbone(policy)
     first = loss_and_gradients(backbone, lambda: backbone(dense))
     assert_close(first, loss_and_gradients(backbone, lambda: backbone(kept)), 0.0)
+
+
+@pytest.mark.parametrize("selector", [*HOST_SELECTORS, *DEVICE_SELECTORS])
+@pytest.mark.parametrize("kind", [Pyramid, RandomLTD, Tread, SharedBypass, Merge])
+def test_a_share_of_one_is_bit_identical_to_dense(kind, selector):
+    """P5, whatever the selector looks at."""
+    options = {"at_layer": 1} if kind is Merge else {"selector": selector}
+    options |= {"first_layer": 1, "end_layer": -1} if kind is Tread else {}
+    everything = RoutingPlan(kind(keep_ratio=1.0, **options), POLICIES["dense"][1], NUM_LAYERS, Schedule(1, 0.0, 0.0))
+    kept = build_pack(make_samples(MIXED), Costing(everything, SHAPE), 1, 0, 0, 0)
+    backbone = make_backbone()
+    first = loss_and_gradients(backbone, lambda: backbone(make_pack(MIXED, "dense")))
+    assert_close(first, loss_and_gradients(backbone, lambda: backbone(kept)), 0.0)
+    assert kept.flops.sum() == kept.dense_flops.sum()
 
 
 @EVERY_POLICY

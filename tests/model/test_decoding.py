@@ -18,6 +18,11 @@ READ = [
 ]
 
 
+def decoder_of(backbone, samples, begins, policy, **options):
+    device = torch.device("cpu")
+    return Decoder(model=backbone, samples=samples, prompt_lengths=begins, costing=costing(policy), device=device, **options)
+
+
 def logits_of_packed(backbone, samples, policy):
     """``[S][place, V]`` for every place."""
     pack = build_pack(samples, costing(policy), 1, 0, 0, 0)
@@ -32,11 +37,11 @@ def test_drawing(policy):
     backbone, samples = make_backbone(policy), make_samples(DRAWN)
     expected = logits_of_packed(backbone, samples, policy)
     begins = [sample.spans[-1].start for sample in samples]
-    decoder = Decoder(backbone, samples, begins, costing(policy), torch.device("cpu"))
+    decoder = decoder_of(backbone, samples, begins, policy)
     logits = decoder.start()
     for step in range(min(sample.spans[-1].length for sample in samples)):
         for s, begin in enumerate(begins):
-            torch.testing.assert_close(logits[s], expected[s][begin + step - 1].float(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logits[s], expected[s][begin + step - 1], rtol=1e-11, atol=1e-11)
         logits = decoder.feed(torch.tensor([sample.tokens[begin + step] for sample, begin in zip(samples, begins)]))
 
 
@@ -53,7 +58,7 @@ def test_placeholders_do_not_matter(policy):
             tokens = sample.tokens.copy()
             tokens[begin:] = (tokens[begin:] + change) % 150
             changed.append(type(sample)(**vars(sample) | {"tokens": tokens}))
-        decoder = Decoder(backbone, changed, begins, costing(policy), torch.device("cpu"))
+        decoder = decoder_of(backbone, changed, begins, policy)
         logits = [decoder.start()]
         for step in range(5):
             logits.append(decoder.feed(torch.tensor([sample.tokens[b + step] for sample, b in zip(samples, begins)])))
@@ -68,9 +73,9 @@ def test_answering(policy):
     expected = logits_of_packed(backbone, samples, policy)
     prompts = [sample.prompt() for sample in samples]
     lengths = [prompt.num_tokens for prompt in prompts]
-    decoder = Decoder(backbone, prompts, lengths, costing(policy), torch.device("cpu"), num_more=8)
+    decoder = decoder_of(backbone, prompts, lengths, policy, num_more=8)
     logits = decoder.start()
     for step in range(4):
         for s, length in enumerate(lengths):
-            torch.testing.assert_close(logits[s], expected[s][length + step - 1].float(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logits[s], expected[s][length + step - 1], rtol=1e-11, atol=1e-11)
         logits = decoder.feed(torch.tensor([sample.tokens[n + step] for sample, n in zip(samples, lengths)]))

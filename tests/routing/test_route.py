@@ -5,13 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megavlm.data.pack.encode import Layout, Span
+from megavlm.data.pack.pack import Costing
 from megavlm.errors import ConfigError
+from megavlm.parts.parts import Parts
 from megavlm.routing.builder import build_route
 from megavlm.routing.plan import RoutingPlan, Schedule, num_kept
 from megavlm.routing.policies import Dense, LateDrop, Merge, Pyramid, RandomLTD, SharedBypass, Tread
 from megavlm.routing.route import PackLayout
 from megavlm.routing.tasks import Task
 from tests.routing.layouts import LAYOUTS, NUM_LAYERS, POLICIES, SHAPE, costing, make_pack, make_samples
+from tests.routing.odd import Odd
 
 EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES)
 
@@ -129,3 +132,84 @@ def test_a_pyramid_only_ever_loses_tokens():
     stages = make_pack([[("image", 4, 4), ("TEXT", 1, 1)]], "pyramid").route.stages
     sets = [set(range(20)) if s.active_K is None else set(s.active_K.tolist()) for s in stages]
     assert [len(x) for x in sets] == [20, 12, 8, 6] and sets[0] > sets[1] > sets[2] > sets[3]
+
+
+ALL, FEW = (1.0, 0, False, "select"), (0.4, 1, False, "select")
+
+
+@pytest.mark.parametrize(
+    ("plans", "selector", "message"),
+    [
+        ([ALL, FEW, ALL], "random", "has plans for 3 layers, the model has 4"),
+        ([ALL, (1.5, 1, False, "select"), ALL, ALL], "random", "layer 1: keep_ratio is 1.5"),
+        ([ALL, FEW, (0.5, 2, True, "select"), ALL], "random", "layer 2: nested=True keeps a share of what the layer before has, but 0.5"),
+        ([ALL, FEW, (1.0, 2, True, "select"), ALL], "redundancy", "layer 2: nested=True keeps a share"),
+        ([ALL, (0.5, 1, False, "gate"), (0.5, 2, True, "select"), ALL], "random", "layer 2: nested=True after a layer with gate"),
+        ([ALL, (0.5, 1, True, "gate"), ALL, ALL], "random", "layer 1: gate does not rank"),
+        ([ALL, (0.5, 1, False, "inject"), ALL, ALL], "random", "layer 1: injected tokens do not travel"),
+        ([ALL, (0.3, 1, False, "merge")] + [(0.3, 1, False, "merge")] * 2, "random", "at most every second one merges"),
+        ([(0.5, 1, False, "merge")] * 4, "random", "merges from layer 0 on, but not once and for good"),
+        ([ALL, (0.7, 1, False, "merge"), *[(0.5, 1, False, "merge")] * 2], "random", "not once and for good"),
+        ([ALL, (0.5, 1, False, "merge"), ALL, ALL], "random", "not once and for good"),
+        ([ALL, FEW, *[(0.5, 1, False, "merge")] * 2], "random", "not once and for good"),
+        ([(0.0, 0, False, "select"), ALL, FEW, FEW], "key_norm", "the first layer has none"),
+    ],
+)
+def test_users_policies_that_nothing_can_compute_are_refused_by_name(plans, selector, message):
+    with pytest.raises(ConfigError, match=message):
+        RoutingPlan(Odd(plans=plans, selector=selector), Dense(), 4, Schedule(1, 0, 0))
+
+
+@pytest.mark.parametrize("policy", ["pyramid_question", "pyramid_redundancy", "ltd_key_norm", "merge"])
+def test_the_device_decides_nothing_where_everything_is_kept(policy):
+    """At strength 0 nothing is ranked, watched, merged or paid for."""
+    pack = make_pack([[("image", 4, 4), ("text", 2, 1), ("TEXT", 1, 1)]], policy, strength=0.0)
+    for stage in pack.route.stages:
+        assert stage.active_K is None and not stage.choices and not stage.is_watched and stage.split is None
+    assert pack.flops.sum() == pack.dense_flops.sum()
+
+
+def test_a_merge_is_paid_for_where_tokens_merge_only():
+    """By the samples in which they do, in costs and in attention."""
+    merging, other = [("image", 2, 2), ("TEXT", 2, 1)], [("image", 1, 1), ("TEXT", 3, 1)]
+    pack = make_pack([merging, other, [("text", 5, 1)]], "merge")
+    after = pack.route.stages[1]
+    assert after.split.merged.lengths == [7] and after.split.others.lengths == [7, 6]
+    assert make_pack([other], "merge").flops.sum() == make_pack([other], "dense").flops.sum()
+    assert make_pack([merging], "merge").route.stages[1].split is None
+    layout = make_samples([merging])[0].layout
+    everything = Costing(RoutingPlan(Merge(at_layer=1, keep_ratio=1.0), Dense(), NUM_LAYERS, Schedule(1, 0, 0)), SHAPE)
+    assert everything.flops(layout, 0).sum() == everything.dense_flops(layout)
+
+
+def test_a_merge_that_no_kernel_takes_is_refused():
+    def merging(keep_ratio):
+        return RoutingPlan(Merge(at_layer=1, keep_ratio=keep_ratio), Dense(), 4, Schedule(1, 0, 0))
+
+    merging(0.5).check_head_width(248)
+    merging(1.0).check_head_width(256)
+    with pytest.raises(ConfigError, match="kernels take at most 256"):
+        merging(0.5).check_head_width(256)
+
+
+def test_a_merge_that_no_kernel_takes_is_refused_when_the_recipe_is_read(make_config):
+    config = make_config({"routing.understanding": {"policy": "merge", "at_layer": 1}, "model.architecture.head_dim": 256})
+    with pytest.raises(ConfigError, match="256 wide"):
+        _ = Parts(config).plan
+
+
+def test_two_images_before_one_question():
+    """Neither is part of the other's question."""
+    pack = make_pack([[("image", 1, 2), ("image", 2, 2), ("text", 3, 1), ("TEXT", 1, 1)]], "pyramid_question")
+    among = pack.route.candidates[0]
+    questions = [among.question_rows_Q[among.question_span_Q == n].tolist() for n in range(2)]
+    # <bos>, <boi> 2 3 <eoi>, <boi> 6 7 8 9 <eoi>, text
+    assert questions == [[4, 5, 10, 11, 12, 13], [10, 11, 12, 13]]
+
+
+def test_every_gated_layer_decides_for_itself():
+    """Whatever the other task does in these layers."""
+    gates = Odd(plans=[ALL, (0.5, 1, False, "gate"), (0.5, 1, False, "gate"), ALL])
+    for other in (Dense(), Tread(first_layer=2, end_layer=3)):
+        plan = RoutingPlan(gates, other, 4, Schedule(1, 0, 0))
+        assert plan.bounds == [(0, 1), (1, 2), (2, 3), (3, 4)]

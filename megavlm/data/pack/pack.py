@@ -123,14 +123,14 @@ class Costing:
 
     def _flops(self, layout: Layout, strength: float) -> np.ndarray:
         active_s, guests_s = self._active_and_guests(layout, strength)
-        bias_s = BIAS_WIDTH * self.plan.merges(strength)
+        bias_s = BIAS_WIDTH * self.plan.merged_spans(*_spans(layout), strength).any(1)
         stages = self.plan.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)
         return np.append(stages, layout.num_labels * self.shape.head_flops_per_row)
 
     def _active_and_guests(self, layout: Layout, strength: float) -> tuple[np.ndarray, np.ndarray]:
         """Rows of one sample in each stage: those that travel, and those that only give keys and values."""
         plan = self.plan
-        lengths, tasks = (np.array(x, np.int64) for x in (zip(*layout.spans) if layout.spans else ((), ())))
+        lengths, tasks = _spans(layout)
         dropped_s = lengths.sum() - plan.kept_tokens(lengths, tasks, strength).sum(1)
         prompt_s = layout.num_prompt * plan.injects(Task.GENERATION)
         guests_s = prompt_s + lengths[tasks == Task.UNDERSTANDING].sum() * plan.injects(Task.UNDERSTANDING)
@@ -140,6 +140,12 @@ class Costing:
         """Forward FLOPs of a sample without a route, head included."""
         layers = self.shape.num_layers * self.shape.layers_flops(layout.num_tokens)
         return float(layers + layout.num_labels * self.shape.head_flops_per_row)
+
+
+def _spans(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and tasks of a sample's image spans ``[N]``."""
+    lengths, tasks = (np.array(x, np.int64) for x in (zip(*layout.spans) if layout.spans else ((), ())))
+    return lengths, tasks
 
 
 def build_pack(samples: list[EncodedSample], costing: Costing, num_sources: int, lane: int, step: int, seed: int) -> Pack:
