@@ -1,16 +1,15 @@
 """DeepSpeed's ZeRO-3 engine around the backbone, and what we mend in it."""
 
-import json
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
+from megavlm.engine.deepspeed_file import read_deepspeed_file
 from megavlm.engine.guard import Guard, GuardedAdamW
 from megavlm.engine.protocol import Engine
 from megavlm.engine.schedule import OptimizerConfig
 from megavlm.settings import Number, PathText, Positive, Seconds, Settings
-from megavlm.system.files import find_resource
 from megavlm.system.world import World
 
 
@@ -61,8 +60,9 @@ def start_engine(
         {"name": "no_decay", "params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
     adamw = GuardedAdamW(groups, guard, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps)
-    document = json.loads(find_resource("ds_configs", engine.deepspeed, ".json").read_text())
-    document |= {
+    document = read_deepspeed_file(engine.deepspeed) | {
+        # of the guard: DeepSpeed has not tested it
+        "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": packs_per_rank,
         # written always: the default has changed between versions of DeepSpeed

@@ -9,7 +9,6 @@ from megavlm.data.pack.encode import Layout
 from megavlm.data.read.source import SourceConfig
 from megavlm.settings import Count, Name, Number, PathText, Positive, Settings, Share
 
-
 MOST_TOKENS = 2**24
 """Of a pack."""
 

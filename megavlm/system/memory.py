@@ -1,0 +1,48 @@
+"""What this machine can hold, so that what it cannot is refused before it is allocated."""
+
+import os
+import resource
+from pathlib import Path
+
+from megavlm.errors import ConfigError
+
+_LIMITS_OF_GROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def machine_bytes() -> int:
+    """Memory that this process may have: the machine's, or less where a container or a batch job is given less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in _LIMITS_OF_GROUP:
+        path = Path(name)
+        if path.is_file() and (text := path.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+def check_memory(needed_bytes: float, available_bytes: int, what: str, remedy: str) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        ConfigError: With both sizes.
+    """
+    if needed_bytes > available_bytes:
+        raise ConfigError(
+            f"{what} needs {needed_bytes / 2**30:,.1f} GiB of memory, of {available_bytes / 2**30:,.1f} GiB that there are\n  do:    {remedy}"
+        )
+
+
+def allow_open_files(number: int) -> None:
+    """Let this process have so many files open.
+
+    Raises:
+        ConfigError: If the machine does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if number <= soft:
+        return
+    if number > hard != resource.RLIM_INFINITY:
+        raise ConfigError(
+            f"data.num_lanes: the lanes of one process have {number} shards open at once, this machine allows {hard}\n"
+            "  do:    lower data.num_lanes, start more processes, or raise the limit (`ulimit -n`)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
