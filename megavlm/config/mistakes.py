@@ -12,6 +12,7 @@ from megavlm.config.run import RunConfig
 from megavlm.routing.policies import POLICIES, Policy
 from megavlm.settings import Settings
 
+LONGEST_SAID = 600
 MOST_SHOWN = 30
 """Mistakes that a message lists."""
 
@@ -40,7 +41,8 @@ def _describe(mistake: dict, tree: Any, root: type[Settings]) -> tuple[str, str]
         if is_members and (i + 1 < len(mistake["loc"]) or not isinstance(tree, dict)):
             continue
         parts.append(shown_text(str(part), LONGEST_SHOWN))
-        tree = tree[part] if isinstance(tree, dict | list) and not is_members else None
+        is_there = part in tree if isinstance(tree, dict) else isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        tree = tree[part] if is_there else None
     path, value = ".".join(parts), mistake["input"]
     if mistake["type"] == "extra_forbidden":
         return path, f"{path}: there is no such setting (value {shown(value)}). Did you mean {nearest_path(path, root)}?"
@@ -52,7 +54,7 @@ def _describe(mistake: dict, tree: Any, root: type[Settings]) -> tuple[str, str]
         discriminator = mistake["ctx"]["discriminator"].strip("'")
         line = f"{path}.{discriminator}: there is no {shown(mistake['ctx']['tag'])}. Did you mean {near}? There are {', '.join(tags)}."
         return path, line
-    return path, f"{path}: {mistake['msg'].removeprefix('Value error, ')} (value {shown(value)})"
+    return path, f"{path}: {shown_text(mistake['msg'].removeprefix('Value error, '), LONGEST_SAID)} (value {shown(value)})"
 
 
 def nearest_path(path: str, root: type[Settings] = RunConfig) -> str:
@@ -67,22 +69,22 @@ def nearest_path(path: str, root: type[Settings] = RunConfig) -> str:
     known_paths = [
         # the names inside a mapping are the user's own: take them over
         ".".join(given[i] if part == "*" and i < len(given) else part for i, part in enumerate(known.split(".")))
-        for known in _all_paths(root)
+        for known in all_paths(root)
     ]
     return max((known for known in known_paths if not path.startswith(known + ".")), key=likeness)
 
 
-def _all_paths(annotation: Any, prefix: str = "") -> Iterator[str]:
+def all_paths(annotation: Any, prefix: str = "") -> Iterator[str]:
     """Dotted paths of all settings below a Config class; ``*`` stands for the names of a mapping."""
     if get_origin(annotation) is dict:
-        yield from _all_paths(get_args(annotation)[1], f"{prefix}*.")
+        yield from all_paths(get_args(annotation)[1], f"{prefix}*.")
     elif annotation is Policy:
         for policy in POLICIES.values():
-            yield from _all_paths(policy, prefix)
+            yield from all_paths(policy, prefix)
     elif get_origin(annotation) in (Union, UnionType):
         for member in get_args(annotation):
-            yield from _all_paths(member, prefix)
+            yield from all_paths(member, prefix)
     elif isinstance(annotation, type) and issubclass(annotation, Settings):
         for name, field in annotation.model_fields.items():
             yield prefix + name
-            yield from _all_paths(field.annotation, f"{prefix}{name}.")
+            yield from all_paths(field.annotation, f"{prefix}{name}.")

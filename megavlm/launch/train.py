@@ -85,14 +85,18 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
         MegavlmError: If the recipe, the data or the run folder is wrong.
     """
     from megavlm.data.pack.loader import lanes_of
+    from megavlm.engine.deepspeed_file import read_deepspeed_file
     from megavlm.observers.drawings import Drawings
     from megavlm.observers.instruments import Instruments
+    from megavlm.parts.fitness import check_lanes
     from megavlm.parts.resolve import resolve
     from megavlm.runs.folder import RunFolder
     from megavlm.training.trainer import Trainer
 
     # before anything is read: the processes may not be able to share the lanes
     lanes_of(world.rank, world.size, config.data.num_lanes)
+    check_lanes(config, world.size)
+    read_deepspeed_file(config.engine.deepspeed)
     return Trainer(resolve(config, RunFolder(config.run_dir), world), world, [Instruments(), Drawings()])
 
 

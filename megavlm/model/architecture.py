@@ -7,10 +7,12 @@ from pydantic import AfterValidator, BeforeValidator
 from megavlm.model.configuration import read_configuration, read_folder
 from megavlm.model.families import active_window, read_exact
 from megavlm.model.proof import VOCABULARY, prove
+from megavlm.model.sizes import check_numbers
 from megavlm.settings import Settings, Switch
 
 
 def _checked(architecture: dict[str, Any]) -> dict[str, Any]:
+    check_numbers(architecture)
     read_exact(architecture, VOCABULARY)
     prove(architecture)
     return architecture

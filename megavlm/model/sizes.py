@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from megavlm.errors import ConfigError
 
-MOST = {"num_hidden_layers": 2000, "hidden_size": 2**20, "vocab_size": 2**24}
+MOST = {"num_hidden_layers": 2000, "hidden_size": 2**20, "head_dim": 4096, "num_attention_heads": 2**16, "vocab_size": 2**24}
 """Upper bounds of single fields; `MOST_OTHERWISE` of the others."""
 MOST_OTHERWISE = 2**31 - 1
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")

@@ -4,7 +4,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from megavlm.config import RunConfig
 from megavlm.costs import ModelShape
@@ -67,7 +67,12 @@ class Parts:
     @cached_property
     def shape(self) -> ModelShape:
         """The model's sizes, without making its weights."""
-        return ModelShape.of(read_configuration(self.config.model.architecture, self.vocabulary.size))
+        return ModelShape.of(self.model_configuration)
+
+    @cached_property
+    def model_configuration(self) -> PreTrainedConfig:
+        """Of `transformers`, with the run's own vocabulary."""
+        return read_configuration(self.config.model.architecture, self.vocabulary.size)
 
     @cached_property
     def plan(self) -> RoutingPlan:

@@ -13,6 +13,7 @@ from megavlm.data.pack.config import DataConfig
 from megavlm.data.pack.mixture import held_share, token_shares
 from megavlm.data.tools.tokenize import check_codes
 from megavlm.errors import ConfigError
+from megavlm.parts.fitness import check_look_ahead, check_model
 from megavlm.parts.parts import Parts
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import checkpoints_in
@@ -40,7 +41,7 @@ def resolve(config: RunConfig, folder: RunFolder, world: World) -> Parts:
     Raises:
         ConfigError: If the folder holds a run that cannot go on with this configuration.
     """
-    parts = _resolve_alone(Parts(config, world.device), folder) if world.is_main else None
+    parts = _resolve_alone(Parts(config, world.device), folder, world.size) if world.is_main else None
     resolved = world.gather(parts.config if parts else None)[0]
     return parts or Parts(resolved, world.device)
 
@@ -55,7 +56,7 @@ def keep(config: RunConfig, folder: RunFolder) -> None:
         save_config(config, folder.config_file)
 
 
-def _resolve_alone(parts: Parts, folder: RunFolder) -> Parts:
+def _resolve_alone(parts: Parts, folder: RunFolder, world_size: int) -> Parts:
     with _writable():
         folder.path.mkdir(parents=True, exist_ok=True)
         logging.getLogger().addHandler(LogFile(folder.log_file))
@@ -77,8 +78,10 @@ def _resolve_alone(parts: Parts, folder: RunFolder) -> Parts:
         parts = parts.replaced(data=_adopted(config, folder))
     elif checkpoints_in(folder.checkpoints):
         log.warning("%s is missing: the run goes on with this recipe, and nobody can say whether it is the same", folder.config_file)
+    check_model(parts, world_size)
     parts = parts.with_mixture()
     _warn_of_growth(parts)
+    check_look_ahead(parts, world_size)
     with _writable():
         _keep_text_model(Path(config.vocabulary.text_model), folder)
     # the watchdogs of this start would take an earlier one's note for their own

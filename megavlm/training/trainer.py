@@ -33,6 +33,7 @@ from megavlm.engine.schedule import learning_rate
 from megavlm.engine.signals import REASONS, Wish, end_time_of_job
 from megavlm.engine.watchdog import Watchdog
 from megavlm.engine.zero import forget_gradients, gradient_norm, start_engine
+from megavlm.errors import ConfigError
 from megavlm.monitor.board import Board
 from megavlm.monitor.metrics import Meters
 from megavlm.monitor.stragglers import Stragglers
@@ -340,6 +341,12 @@ class Trainer:
         counts = self.world.sum(np.array([sum(state["counts"][name] for state in self.states.values()) for name in COUNTS]))
         values |= {f"data/{name}": float(count) for name, count in zip(COUNTS, counts)}
         self._reported = values
+        learnt = [task for task in TASKS if f"loss/{task}" in values]
+        if learnt and not any(self.parts.config.loss.task_weights.get(task, 1.0) for task in learnt):
+            raise ConfigError(
+                f"loss.task_weights: the data holds {' and '.join(learnt)} only, with weight 0: nothing was learnt in {step + 1} steps\n"
+                "  do:    give one of them a weight"
+            )
         if not self.world.is_main:
             return
         self.board.scalars(values, step + 1)

@@ -7,7 +7,7 @@
 A spawned process imports what is slow once. Every case then runs in a fork of it: nothing that a case leaves behind reaches the
 next one, and a hang, a crash or too much memory ends that case only. A case may end in two ways: the function returns a word for what
 it did ("trained"), or it raises a `MegavlmError` whose message says what to do. All else is a failure: another exception, a hang, a
-process that died, or more than `GROWTH_BYTES` of memory.
+process that died, or more than `GROWTH_BYTES` of memory. Cases that leave nothing behind may share a process (``per_process``).
 """
 
 import faulthandler
@@ -33,7 +33,19 @@ GROWTH_BYTES = 2 << 30
 LONGEST_MESSAGE = 4000
 """Characters: nobody reads more."""
 FAILURES = ("uncaught", "undocumented", "hang", "died", "memory")
-PRELOAD = ("torch", "deepspeed", "megavlm.launch.train", "megavlm.training.trainer", "megavlm.observers.drawings", "megavlm.parts.resolve")
+PRELOAD = (
+    "torch",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch._inductor.compile_fx",
+    "transformers.models.qwen3.modeling_qwen3",
+    "torch.utils.tensorboard",
+    "megavlm.launch.train",
+    "megavlm.training.trainer",
+    "megavlm.observers.drawings",
+    "megavlm.observers.instruments",
+    "megavlm.parts.resolve",
+)
 _POLL_S = 0.01
 
 
@@ -96,8 +108,10 @@ def try_cases(
     *,
     seconds: float,
     growth_bytes: int = GROWTH_BYTES,
+    per_process: int = 1,
     title: str = "",
     preload: Sequence[str] = PRELOAD,
+    seen: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Table:
     """Try every case in a process of its own.
 
@@ -106,8 +120,10 @@ def try_cases(
         cases: Name, from which a person can repeat it → the arguments (picklable).
         seconds: A case that takes longer hangs.
         growth_bytes: A case that takes more memory fails.
+        per_process: So many cases, one after the other, share a process until one of them fails.
         title: Of the table.
         preload: Modules to import before the first case.
+        seen: Called with every outcome as it comes.
     """
     table, begin = Table(title or function.__name__), time.monotonic()
     context = multiprocessing.get_context("spawn")
@@ -118,9 +134,14 @@ def try_cases(
         nursery.start()
         there.close()
         try:
-            for name, arguments in cases.items():
-                here.send_bytes(pickle.dumps((name, tuple(arguments))))
-                table.outcomes.append(here.recv())
+            waiting = [(name, tuple(arguments)) for name, arguments in cases.items()]
+            while waiting:
+                here.send_bytes(pickle.dumps(waiting[:per_process]))
+                outcomes = here.recv()
+                for outcome in outcomes:
+                    seen(outcome)
+                table.outcomes += outcomes
+                del waiting[: len(outcomes)]
         finally:
             here.close()
             nursery.join()
@@ -158,58 +179,72 @@ def _serve(connection, function: bytes, preload: Sequence[str], limits: Limits) 
     call = pickle.loads(function)
     while True:
         try:
-            name, arguments = pickle.loads(connection.recv_bytes())
+            batch = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        connection.send(_watch(name, call, arguments, limits))
+        connection.send(_watch(batch, call, limits))
 
 
-def _watch(name: str, call: Callable[..., str], arguments: Sequence[Any], limits: Limits) -> Outcome:
-    """Fork a child for the case, and end it where it exceeds the limits."""
-    result, output = limits.scratch / "result", limits.scratch / "output"
-    result.unlink(missing_ok=True)
-    begin, own, largest, kind = time.monotonic(), _memory(os.getpid()), 0, ""
+def _watch(batch: list[tuple[str, Sequence[Any]]], call: Callable[..., str], limits: Limits) -> list[Outcome]:
+    """Fork a child for some cases, and end it where one exceeds the limits: the outcomes of those that were tried."""
+    results, output = limits.scratch / "results", limits.scratch / "output"
+    results.write_bytes(b"")
+    own, largest, failure = _memory(os.getpid()), 0, ""
+    outcomes: list[Outcome] = []
     child = os.fork()
     if child == 0:
-        _run_in_child(call, arguments, limits.seconds, result, output)
-    while not kind:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
+        _run_in_child(batch, call, limits.seconds, results, output)
+    begin, status = time.monotonic(), None
+    while status is None and not failure:
+        done, status_now = os.waitpid(child, os.WNOHANG)
+        status = status_now if done else None
         largest = max(largest, _memory(child) - own)
+        for kind, detail, peak in _read_results(results)[len(outcomes) :]:
+            growth = max(0, largest, peak - own)
+            kind = "memory" if growth > limits.growth_bytes else kind
+            outcomes.append(Outcome(batch[len(outcomes)][0], kind, detail, time.monotonic() - begin, growth))
+            begin, largest = time.monotonic(), 0
         if largest > limits.growth_bytes:
-            kind = "memory"
+            failure = "memory"
         elif time.monotonic() - begin > limits.seconds:
-            kind = "hang"
-        else:
+            failure = "hang"
+        elif status is None:
             time.sleep(_POLL_S)
     # also what it started itself
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    if kind:
+    if status is None:
         os.waitpid(child, 0)
-        detail = output.read_text(errors="replace")[-4000:]
-    elif result.exists():
-        kind, detail, peak = pickle.loads(result.read_bytes())
-        largest = max(largest, peak - own)
-        if largest > limits.growth_bytes:
-            kind = "memory"
-    else:
-        kind, detail = "died", f"wait status {status}\n{output.read_text(errors='replace')[-4000:]}"
-    return Outcome(name, kind, detail, time.monotonic() - begin, max(0, largest))
+    if not (outcomes and outcomes[-1].kind in FAILURES) and len(outcomes) < len(batch):
+        detail = f"wait status {status}\n{output.read_text(errors='replace')[-4000:]}"
+        outcomes.append(Outcome(batch[len(outcomes)][0], failure or "died", detail, time.monotonic() - begin, max(0, largest)))
+    return outcomes
 
 
-def _run_in_child(call: Callable[..., str], arguments: Sequence[Any], seconds: float, result: Path, output: Path) -> None:
+def _read_results(path: Path) -> list[tuple[str, str, int]]:
+    """The results that a child has written so far."""
+    found = []
+    with path.open("rb") as file, suppress(EOFError, pickle.UnpicklingError):
+        while True:
+            found.append(pickle.load(file))
+    return found
+
+
+def _run_in_child(batch: list, call: Callable[..., str], seconds: float, results: Path, output: Path) -> None:
     os.setsid()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    # a hang says where
-    faulthandler.dump_traceback_later(max(0.5, seconds - 1), file=2)
-    kind, detail = judge(call, arguments)
-    temporary = result.with_suffix(".part")
-    temporary.write_bytes(pickle.dumps((kind, detail, _memory(os.getpid(), "VmHWM"))))
-    temporary.replace(result)
+    for _, arguments in batch:
+        # a hang says where
+        faulthandler.dump_traceback_later(max(0.5, seconds - 1), file=2)
+        result = judge(call, arguments)
+        # the peak is one case's only where the process is
+        peak = _memory(os.getpid(), "VmHWM") if len(batch) == 1 else 0
+        with results.open("ab") as file:
+            file.write(pickle.dumps((*result, peak)))
+        if result[0] in FAILURES:
+            break
     os._exit(0)
 
 

@@ -29,7 +29,8 @@ def act(what: str) -> str:
     return "done"
 
 
-def test_every_kind_of_end():
+@pytest.mark.parametrize("per_process", [1, 4])
+def test_every_kind_of_end(per_process):
     expected = {
         "fine": "done",
         "hang": "hang",
@@ -41,7 +42,7 @@ def test_every_kind_of_end():
         "raise": "uncaught",
         "fine again": "done",
     }
-    table = try_cases(act, {name: (name,) for name in expected}, seconds=5, growth_bytes=200 << 20, preload=())
+    table = try_cases(act, {name: (name,) for name in expected}, seconds=8, growth_bytes=200 << 20, per_process=per_process, preload=())
     assert {outcome.name: outcome.kind for outcome in table.outcomes} == expected
     assert {outcome.name for outcome in table.failures} == {n for n, kind in expected.items() if kind not in ("done", "refused")}
     assert "9 cases" in str(table)

@@ -1,0 +1,68 @@
+"""What only a start can know: whether the model, the lanes and the data of a recipe fit this machine and each other. Said before the first
+step, and before anything of that size is allocated."""
+
+import torch
+
+from megavlm.config import RunConfig
+from megavlm.errors import ConfigError
+from megavlm.model.sizes import count_parameters
+from megavlm.parts.parts import Parts
+from megavlm.system.memory import allow_open_files, check_memory, machine_bytes
+
+MOST_LANES = 2048
+"""Of one process: packs that it would run in one step."""
+WEIGHTS_BYTES, TRAINING_BYTES = 4, 16
+"""Of a parameter: in the model as it is made, and its master copy, gradient and two moments, which the processes share."""
+TOKEN_BYTES, SAMPLE_BYTES = 32, 2048
+"""Of the look-ahead, roughly."""
+
+
+def check_lanes(config: RunConfig, world_size: int) -> None:
+    """Whether one process can run its lanes.
+
+    Raises:
+        ConfigError: If they are too many for a step, or for the files that a process may open.
+    """
+    num_lanes = config.data.num_lanes // world_size
+    if num_lanes > MOST_LANES:
+        raise ConfigError(
+            f"data.num_lanes: each of {world_size} processes would run {num_lanes} packs per step, {MOST_LANES} at most are sensible\n"
+            "  do:    lower data.num_lanes, or start more processes"
+        )
+    # a shard of every source, and some for what else is open
+    allow_open_files(num_lanes * len(config.data.sources) + 256)
+
+
+def check_model(parts: Parts, world_size: int) -> None:
+    """Whether the model can be made, and trained by so many processes.
+
+    Raises:
+        ConfigError: With the memory that it needs.
+    """
+    number = count_parameters(parts.model_configuration)
+    what = f"model.architecture: {number:,} parameters, a process of {world_size}"
+    remedy = "give a smaller model.architecture"
+    shared_bytes = number * TRAINING_BYTES / world_size
+    on_host_bytes = number * WEIGHTS_BYTES
+    if parts.device.type == "cuda":
+        check_memory(shared_bytes, torch.cuda.get_device_properties(parts.device).total_memory, what, f"{remedy}, or start more processes")
+    else:
+        on_host_bytes += shared_bytes
+    check_memory(on_host_bytes, machine_bytes(), what, remedy)
+
+
+def check_look_ahead(parts: Parts, world_size: int) -> None:
+    """Whether the samples that lanes hold to choose from fit into the memory.
+
+    Raises:
+        ConfigError: With the memory that they need.
+    """
+    config = parts.config
+    tokens = sum(source.mean_tokens for source in parts.mixture.values()) / len(parts.mixture)
+    num_samples = config.data.look_ahead_samples * config.data.num_lanes // world_size
+    check_memory(
+        num_samples * (tokens * TOKEN_BYTES + SAMPLE_BYTES),
+        machine_bytes(),
+        f"data.look_ahead_samples: holding {num_samples:,} samples in each process",
+        "lower data.look_ahead_samples or data.num_lanes, or start more processes",
+    )
