@@ -1,4 +1,5 @@
-"""Looks over a command line before fire runs it: fire itself notices what it cannot use only after the command has done its work."""
+"""Looks over a command line before fire runs it: fire itself notices what it cannot use only after the command has done its work, and reads
+names such as 2024, 1e3 or a,b as numbers and tuples."""
 
 import ast
 import difflib
@@ -14,14 +15,14 @@ NotNegative = Annotated[int, 0]
 
 
 def check_arguments(commands: Any, arguments: list[str]) -> list[str]:
-    """The arguments for fire; ``--help`` anywhere asks for the help of the command.
+    """The arguments for fire, text quoted where it would read something else; ``--help`` anywhere asks for the help of the command.
 
     Args:
         commands: The object whose methods, and whose attributes' methods, are the commands.
         arguments: As typed, without the program.
 
     Raises:
-        ConfigError: If the command takes no such flag or no so many values, or if a number is none.
+        ConfigError: If there is no such command, if it takes no such flag or no so many values, or if a number is none.
     """
     command, path = commands, []
     for name in arguments:
@@ -31,9 +32,53 @@ def check_arguments(commands: Any, arguments: list[str]) -> list[str]:
         command, path = found, [*path, name]
     if {"--help", "-h"} & set(arguments):
         return [*path, "--", "--help"]
-    if inspect.ismethod(command):
-        _check(" ".join(path), command, arguments[len(path) :])
-    return arguments
+    rest = arguments[len(path) :]
+    if not inspect.ismethod(command):
+        if rest and rest[0] != "--":
+            raise ConfigError(_no_command(path, command, rest[0]))
+        return arguments
+    _check(" ".join(path), command, rest)
+    return [*path, *_verbatim(command, rest)]
+
+
+def _no_command(path: list[str], group: Any, given: str) -> str:
+    known = [name for name in dir(group) if not name.startswith("_")]
+    near = difflib.get_close_matches(given.lstrip("-").replace("-", "_"), known, 1)
+    return (
+        f"there is no command {' '.join([*path, given])}{f'. Did you mean {near[0]}?' if near else ''}\n"
+        f"  do:    give one of {', '.join(known)}; see {' '.join(['megavlm', *path, '--help'])}"
+    )
+
+
+def _verbatim(command: Any, arguments: list[str]) -> list[str]:
+    """The arguments, those quoted that are text to the command and something else to fire."""
+    parameters = inspect.signature(command).parameters
+    texts = {name for name, parameter in parameters.items() if parameter.annotation in (str, str | None)}
+    places = iter([name for name in parameters if name not in _split(arguments)[1]])
+    result, rest = [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*result, word, *rest]
+        if not word.startswith("--"):
+            result.append(_quoted(word) if next(places, None) in texts else word)
+            continue
+        flag, equals, value = word.partition("=")
+        is_text = flag[2:].replace("-", "_") in texts
+        if equals:
+            result.append(f"{flag}={_quoted(value)}" if is_text else word)
+            continue
+        result.append(word)
+        if rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+            result.append(_quoted(value) if is_text else value)
+    return result
+
+
+def _quoted(text: str) -> str:
+    from fire.parser import DefaultParseValue
+
+    return text if text == "None" or DefaultParseValue(text) == text else repr(text)
 
 
 def _check(name: str, command: Any, arguments: list[str]) -> None:
@@ -76,6 +121,8 @@ def _split(arguments: list[str]) -> tuple[list[str], dict[str, str | None]]:
 def _misfit(annotation: Any, text: str | None) -> str | None:
     """What a number should be, if the text is none of that kind."""
     kinds = {annotation, *get_args(annotation)}
+    if bool in kinds:
+        return None if text in (None, "True", "False") else "True or False"
     if not kinds & {int, float} or (text == "None" and NoneType in kinds):
         return None
     try:

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import megavlm
 from megavlm.cli.analyze import AnalyzeCommands
 from megavlm.cli.arguments import Positive, check_arguments
 from megavlm.cli.data import DataCommands
@@ -101,6 +102,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     # the deepspeed launcher puts it before the command, and says the same in the environment
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    if arguments == ["--version"]:
+        print(f"megavlm {megavlm.__version__}")
+        return
+    # fire would open a pager for its help
+    os.environ["PAGER"] = "cat"
     try:
         commands = Commands()
         fire.Fire(commands, check_arguments(commands, arguments), name="megavlm")

@@ -194,8 +194,7 @@ class RunCommands:
             qos=qos,
             cpus_per_task=cpus_per_task,
             container_image=container_image,
-            # fire makes a tuple of what has commas
-            modules=",".join(map(str, modules)) if isinstance(modules, tuple) else modules,
+            modules=modules,
             setup=setup,
             cache=cache,
             max_restarts=max_restarts,

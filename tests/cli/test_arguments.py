@@ -1,7 +1,12 @@
 """What fire would notice too late is refused before a command runs."""
 
+import contextlib
+import sys
+
+import fire
 import pytest
 
+from megavlm.cli import main as cli
 from megavlm.cli.arguments import Positive, check_arguments
 from megavlm.errors import ConfigError
 
@@ -56,7 +61,53 @@ def test_what_does_not_is_refused(line, message):
         check_arguments(Commands(), line.split())
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("trian digits", "there is no command trian. Did you mean train"),
+        ("group remov runs/a", "there is no command group remov. Did you mean remove"),
+        ("--trian", "Did you mean train"),
+        ("nothing-like-it", "give one of group, train"),
+        ("group remove runs/a --dry-run=maybe", "dry_run is True or False, not maybe"),
+        ("group remove --dry-run runs/a", "dry_run is True or False, not runs/a"),
+    ],
+)
+def test_misspelt_commands_and_switches(line, message):
+    with pytest.raises(ConfigError, match=message):
+        check_arguments(Commands(), line.split())
+
+
+@pytest.mark.parametrize("name", ["2024", "1e3", "a,b", "[a]", "{a: 1}", "True", "0x10", "'a'", "1_000", "(1)"])
+@pytest.mark.parametrize("form", ["group remove {} --keep=3", "group remove --run={} --keep 3", "group remove --keep 3 --run {}"])
+def test_names_reach_the_command_as_they_were_typed(name, form):
+    seen = []
+
+    class Asked:
+        def __init__(self):
+            self.group = self
+
+        def remove(self, run: str, keep: int | None = None):
+            seen.append((run, keep))
+
+    line = [word.replace("{}", name) for word in form.split()]
+    fire.Fire(Asked(), check_arguments(Asked(), line), name="megavlm")
+    assert seen == [(name, 3)]
+
+
 @pytest.mark.parametrize("line", ["group remove runs/a --help", "group --help remove", "--help"])
 def test_help_anywhere_is_only_help(line):
     arguments = check_arguments(Commands(), line.split())
     assert arguments[-2:] == ["--", "--help"] and "runs/a" not in arguments
+
+
+def test_version_and_help_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["megavlm", "--version"])
+    cli.main()
+    assert capsys.readouterr().out.startswith("megavlm 0.")
+    monkeypatch.setenv("PAGER", "no-such-pager")
+    for arguments in ([], ["--help"], ["data"], ["data", "lint", "--help"]):
+        monkeypatch.setattr(sys, "argv", ["megavlm", *arguments])
+        with contextlib.suppress(SystemExit):
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "SYNOPSIS" in out + err
