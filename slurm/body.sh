@@ -18,12 +18,13 @@ if ((restarts > MAX_RESTARTS)); then
     exit 1
 fi
 @{setup}
+STARTED=$RUN/slurm/environment-$SLURM_JOB_ID-$restarts.txt
 # who ran what, where (nothing else of the environment: it may hold secrets)
 {
     scontrol show job "$SLURM_JOB_ID"
     env | grep -E '^(SLURM_|NCCL_|CUDA_|OMP_|LD_LIBRARY_PATH|PATH|LOADEDMODULES)' | sort
     command -v nvidia-smi >/dev/null && nvidia-smi -L
-} >"$RUN/slurm/environment-$SLURM_JOB_ID-$restarts.txt" 2>&1
+} >"$STARTED" 2>&1
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # below the ephemeral ports; another one after a restart, for something of the old start may live on
@@ -89,9 +90,18 @@ case $code in
         exit 0
         ;;
 esac
-if [ ! -s "$RUN/exit_code" ] && [ -z "$terminated" ]; then
-    # no process has said why: killed from outside. If a node was lost SLURM notices soon, and requeues the job
-    echo "no word from the run: waiting $NODE_FAILURE_WAIT_S s for SLURM to find a lost node"
+# a process, a device or the network failed; or one was killed and no other could say so: by the kernel for its memory, by NCCL, or,
+# stuck in C, by a thread that can write nothing but its stacks
+lost() {
+    [ "$code" = 71 ] && return 0
+    [ -s "$RUN/exit_code" ] && return 1
+    ((code >= 128)) || [ -n "$(find "$RUN/hangs" -name 'stuck-rank-*' -newer "$STARTED" -size +0c 2>/dev/null)" ]
+}
+if [ -n "$terminated" ]; then
+    lost && preempted && requeue
+elif lost || [ ! -s "$RUN/exit_code" ]; then
+    echo "processes were lost: waiting $NODE_FAILURE_WAIT_S s for SLURM to find a lost node, and to requeue the job itself"
     pause "$NODE_FAILURE_WAIT_S"
+    lost && requeue
 fi
 exit "$code"

@@ -156,17 +156,17 @@ class RunCommands:
     ):
         """Render an sbatch script for a recipe into its run folder and submit it: one process per GPU.
 
-            megavlm submit digits --nodes 4 --gpus-per-node 8 --partition gpu --time 24:00:00 --account me
+            megavlm submit digits --nodes 2 --gpus-per-node 2 --partition gpu --time 24:00:00 --account me
 
-        The job requeues itself after the time limit, a preemption or a lost node, until the run is done. After a failure it does
-        not.
+        The job requeues itself after the time limit, a preemption, a lost node or process, until the run is done. After an error it
+        does not. The processes, one per GPU, have to share data.num_lanes evenly.
 
         Args:
             recipe: Path of a YAML file, or a name such as `digits`.
             nodes: Number of nodes.
             gpus_per_node: GPUs per node, one process on each; 0 is one process per node, on its CPUs.
             partition: SLURM partition.
-            time: Time limit, "24:00:00" or "2-00:00:00".
+            time: Time limit, "24:00:00" or "2-00:00:00"; a number alone is minutes.
             account: SLURM account.
             qos: SLURM quality of service.
             cpus_per_task: CPU cores per process.
@@ -183,13 +183,14 @@ class RunCommands:
             dry_run: Write and show the script; submit nothing.
             overrides: Settings of the recipe to change.
         """
-        from megavlm.launch.submit import Job, submit
+        from megavlm.launch.job import Job
+        from megavlm.launch.submit import submit
 
         job = Job(
             nodes=nodes,
             gpus_per_node=gpus_per_node,
             partition=partition,
-            time=time,
+            time=None if time is None else str(time),
             account=account,
             qos=qos,
             cpus_per_task=cpus_per_task,

@@ -9,14 +9,15 @@ import shutil
 import string
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megavlm.config import RunConfig, load_config, save_config
+from megavlm.data.pack.loader import lanes_of
 from megavlm.errors import ConfigError, MegavlmError
+from megavlm.launch.job import Job, check_line
 from megavlm.system.files import PROJECT, write_atomically
 
 TEMPLATES = PROJECT / "slurm"
@@ -27,55 +28,6 @@ class SbatchTemplate(string.Template):
 
     delimiter = "@"
     pattern = r"@(?:(?P<escaped>@)|\{(?P<braced>[a-z_]+)\}|(?P<named>(?!))|(?P<invalid>(?!)))"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to ask SLURM for; see `megavlm submit --help`."""
-
-    nodes: int = 1
-    gpus_per_node: int = 8
-    partition: str | None = None
-    time: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    cpus_per_task: int = 8
-    container_image: str | None = None
-    modules: str | None = None
-    setup: str | None = None
-    cache: str | None = None
-    max_restarts: int = 100
-    template: str | None = None
-    sbatch_options: str = ""
-    warning_s: int = 120
-    """Seconds before the time limit at which SLURM sends SIGUSR1 (up to a minute earlier, it says); 0 for never."""
-    node_failure_wait_s: int = 300
-    """How long a run whose processes vanished waits for SLURM to notice a lost node."""
-
-    @property
-    def tasks_per_node(self) -> int:
-        return max(1, self.gpus_per_node)
-
-    def option_lines(self) -> str:
-        """The #SBATCH lines that not every job has."""
-        given = {"partition": self.partition, "time": self.time, "account": self.account, "qos": self.qos}
-        lines = [f"#SBATCH --{name}={value}" for name, value in given.items() if value]
-        if self.gpus_per_node:
-            lines.append(f"#SBATCH --gpus-per-node={self.gpus_per_node}")
-        if self.warning_s:
-            # to every process of the run; it saves and ends then
-            lines.append(f"#SBATCH --signal=USR1@{self.warning_s}")
-        lines += [f"#SBATCH {option}" for option in shlex.split(self.sbatch_options)]
-        return "\n".join(lines)
-
-    def setup_lines(self) -> str:
-        """Modules, and what the user wants to be done first."""
-        names = " ".join(shlex.quote(name.strip()) for name in self.modules.split(",")) if self.modules else ""
-        return "\n".join([f"module load {names}"] * bool(names) + [self.setup] * bool(self.setup))
-
-    def torchrun(self, recipe: Path) -> str:
-        """The command for a single node without SLURM."""
-        return f"torchrun --standalone --nproc-per-node {self.tasks_per_node} -m megavlm train {shlex.quote(str(recipe))}"
 
 
 def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None = None, dry_run: bool = False) -> str:
@@ -98,7 +50,7 @@ def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None =
     config = _checked(load_config(recipe, overrides), job)
     run = Path(config.run_dir)
     (run / "slurm").mkdir(parents=True, exist_ok=True)
-    values = {"name": run.name}
+    values = {"name": shlex.quote(run.name), "output": shlex.quote(str(run / "slurm").replace("%", "%%"))}
     if study is None:
         what, template = f"Trains {recipe} in {run}", "train.sbatch"
         _write_recipe(config, run)
@@ -163,7 +115,7 @@ def read_study(recipe: str, overrides: dict[str, Any], file: Path, job: Job) -> 
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         raise ConfigError(
             f"{file} is not a study\n"
-            "  do:    write a YAML list of mappings of overrides: - {name: dense, routing.understanding.policy: dense}"
+            "  do:    write a YAML list of mappings of overrides: - {name: dense, routing.understanding: {policy: dense}}"
         )
     names = [str(run.get("name", f"run-{number:03d}")) for number, run in enumerate(runs)]
     # each is a folder below the run's, and its own
@@ -184,10 +136,13 @@ def _write_recipe(config: RunConfig, run: Path) -> Path:
 
 def _checked(config: RunConfig, job: Job) -> RunConfig:
     """With absolute paths, for the job may start elsewhere; refused now rather than when it has waited for a day."""
-    from megavlm.data.pack.loader import lanes_of
-
+    job.check(config.engine.stop_margin_s)
     lanes_of(0, job.nodes * job.tasks_per_node, config.data.num_lanes)
-    return config.model_copy(update={"run_dir": str(Path(config.run_dir).resolve())})
+    run = str(Path(config.run_dir).resolve())
+    check_line("run_dir", run)
+    if "\\" in run:
+        raise ConfigError(f"run_dir: {run} has a backslash, and SLURM writes no output there\n  do:    choose another folder")
+    return config.model_copy(update={"run_dir": run})
 
 
 def _quoted(path: Path) -> str:

@@ -1,12 +1,18 @@
 """The rendered script: what was asked for is in it, and bash can read it."""
 
+import re
+import shlex
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import yaml
 
 from megavlm.cli.main import main
+from megavlm.cli.runs import RunCommands
+from megavlm.launch.job import seconds_of
+from megavlm.system.files import PROJECT
 
 
 @pytest.fixture
@@ -50,6 +56,87 @@ def test_what_was_asked_for_is_in_the_script(submit, tmp_path):
     text = "\n".join(lines)
     assert "--container-image='/images/a b.sqsh' " in text and "python -m megavlm train" in text
     assert "--kill-on-bad-exit=1" in text and "not submitted" in out and "@{" not in text
+
+
+@pytest.mark.parametrize("name", ["a b", "ü ß", "it's", '50%j "quoted"', "# none"])
+def test_any_run_folder_can_be_named(submit, tmp_path, name):
+    run = tmp_path / name
+    submit("--nodes=1", "--gpus-per-node=1", f"--run_dir={run}")
+    lines = lines_of(run / "slurm" / "train.sbatch")
+    words = [word for line in lines if line.startswith("#SBATCH") for word in shlex.split(line[8:])]
+    directives = dict(word.split("=", 1) for word in words if "=" in word)
+    assert directives["--job-name"] == name and directives["--output"] == f"{run}/slurm/%j.out".replace("50%j", "50%%j")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--time=2"], "is over before the run has begun"),
+        (["--time=3"], "is over before the run has begun"),
+        (["--time=0:30", "--warning-s=0", "--engine.stop_margin_s=60"], "engine.stop_margin_s = 60"),
+        (["--time=10", "--warning-s=700"], "--warning-s=700"),
+        (["--sbatch-options=--time=2"], "is over before the run has begun"),
+        (["--sbatch-options=-t 2"], "is over before the run has begun"),
+        (["--time=2h"], "days-hours"),
+        (["--time=1:2:3:4"], "is no time limit"),
+        (["--partition=gpu\nx"], "--partition"),
+        (["--account=a\rb"], "--account"),
+        (["--container-image=a\nb"], "--container-image"),
+        (["--sbatch-options=--comment='open"], "close the quotes"),
+        (['--cache=/a"b'], "--cache"),
+        (['--run_dir="a\\nb"'], "run_dir"),
+        (["--run_dir=a\\b"], "backslash"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_queue(submit, capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        submit("--nodes=1", "--gpus-per-node=1", *options)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("10", 600),
+        ("1:30", 90),
+        ("24:00:00", 86400),
+        ("2-00", 172800),
+        ("1-2:03", 93780),
+        ("1-2:3:4", 93784),
+        ("UNLIMITED", None),
+        ("0", None),
+    ],
+)
+def test_slurms_times(time, seconds):
+    assert seconds_of(time) == seconds
+
+
+def test_further_options_keep_their_values_and_quotes(submit, tmp_path):
+    submit("--nodes=1", "--gpus-per-node=1", "--time=4", "--sbatch-options=--exclude node1 --comment='two words' --exclusive")
+    lines = lines_of(tmp_path / "run" / "slurm" / "train.sbatch")
+    for line in ("#SBATCH --exclude node1", "#SBATCH '--comment=two words'", "#SBATCH --exclusive", "#SBATCH --time=4"):
+        assert line in lines, line
+
+
+def commands_in_the_docs():
+    texts = [path.read_text() for path in (PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")))]
+    texts.append(RunCommands.submit.__doc__)
+    return [line.strip() for text in texts for line in text.splitlines() if line.strip().startswith("megavlm submit ")]
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands_in_the_docs()))
+def test_the_docs_commands_work_as_they_stand(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    study = re.search(r"# study.yaml.*\n((?:    - .*\n)+)", (PROJECT / "docs" / "slurm.md").read_text())[1]
+    (tmp_path / "study.yaml").write_text(textwrap.dedent(study))
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--dry-run"])
+    main()
+    assert "not submitted" in capsys.readouterr().out
+
+
+def test_the_docs_have_commands():
+    assert len(commands_in_the_docs()) >= 4
 
 
 def test_without_slurm_a_single_node_is_told_the_torchrun_command(submit):
