@@ -84,7 +84,6 @@ def test_any_run_folder_can_be_named(submit, tmp_path, name):
         (["--container-image=a\nb"], "--container-image"),
         (["--sbatch-options=--comment='open"], "close the quotes"),
         (['--cache=/a"b'], "--cache"),
-        (['--run_dir="a\\nb"'], "run_dir"),
         (["--run_dir=a\\b"], "backslash"),
     ],
 )
