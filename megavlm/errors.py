@@ -1,5 +1,8 @@
 """The errors that a user is meant to read: each says what is wrong, where, and what to do about it."""
 
+MAX_SHOWN = 2000
+"""Characters of a problem, or of a name, that are shown: what a sample holds may be long."""
+
 
 class MegavlmError(Exception):
     """Base of all errors caused by what the user gave us; the command line prints it without a traceback."""
@@ -32,4 +35,11 @@ class DataError(MegavlmError):
         place = ", ".join(
             f"{name} {value}" for name, value in (("source", self.source), ("shard", self.shard), ("sample", self.key)) if value
         )
-        return f"{self.what}\n  where: {place}\n  do:    {self.remedy}"
+        return f"{_printable(self.what)}\n  where: {_printable(place)}\n  do:    {self.remedy}"
+
+
+def _printable(text: str) -> str:
+    """What any terminal and any log can show: names and contents of samples are anything, half characters and control codes included."""
+    if len(text) > MAX_SHOWN:
+        text = f"{text[:MAX_SHOWN]}… ({len(text)} characters)"
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from webdataset.tariterators import base_plus_ext
-
+from megavlm.data.read.compression import decompressed
+from megavlm.data.read.json_list import read_json_list
 from megavlm.data.read.patterns import expand_patterns
+from megavlm.data.read.place import reading_shard
 from megavlm.data.read.tar import read_members
 from megavlm.data.read.urls import Opener, is_local, local_path
 from megavlm.errors import ConfigError, DataError
@@ -17,6 +19,10 @@ MAX_MEMBER_BYTES = 256 << 20
 """A larger member is not read at all: its sample is an error."""
 PROBLEM = "__problem__"
 """Stands in the place of members that could not be read; the content says why."""
+NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+"""Key and extension: folders, and the file's name up to its first dot."""
+OF_MACOS = re.compile(r"(.*/)?(\._[^/]*|\.DS_Store)|(.*/)?__MACOSX/.*", re.DOTALL)
+"""What macOS puts beside files (AppleDouble); no one's data."""
 
 Members = dict[str, bytes]
 
@@ -41,44 +47,59 @@ def expand_shards(name: str, shards: str | list[str]) -> list[str]:
 def check_exists(url: str, source: str = "") -> None:
     """Raise a DataError if ``url`` is a local file that is not there."""
     if is_local(url) and not os.path.isfile(local_path(url)):
+        if os.path.exists(local_path(url)):
+            raise DataError("the shard is no regular file", "name the files themselves", source, url)
         raise DataError("the shard does not exist", "write the data first, or correct the path", source, url)
 
 
 def read_shard(url: str, source: str = "", open_url: Callable[[str], BinaryIO] = Opener()) -> Iterator[tuple[str, Members]]:
     """Yield ``(key, {extension: content})`` for every sample of a shard, in its order.
 
-    Only regular files count, names are nothing but keys, nothing is written to disk or unpickled. A sample of which a member
-    cannot be had comes with `PROBLEM` among its members.
+    Names are nothing but keys, nothing is written to disk or unpickled. A sample of which a member cannot be had comes with `PROBLEM`
+    among its members.
 
     Raises:
         DataError: Where the shard cannot be opened or ends before its end.
     """
-    path = url.split("?", maxsplit=1)[0].lower()
+    path = url.partition("?")[0].lower().removesuffix(".gz")
     read = _read_lines if path.endswith(".jsonl") else _read_list if path.endswith(".json") else _read_tar
     try:
-        with open_url(url) as stream:
-            yield from read(stream)
-    except (tarfile.TarError, OSError, EOFError, RecursionError, ValueError) as error:
-        check_exists(url, source)
-        raise DataError(f"the shard is unreadable or cut short: {error}", "copy or write it again", source, url) from error
+        with reading_shard(source, url):
+            check_exists(url)
+            with open_url(url) as stream:
+                yield from read(decompressed(stream))
+    except DataError:
+        # a copy in the cache may be what is broken
+        if isinstance(open_url, Opener):
+            open_url.forget(url)
+        raise
+
+
+def refuse_unread(members: Members) -> None:
+    """Raise a DataError, without a place, if a member of a sample could not be had."""
+    if PROBLEM in members:
+        raise DataError(members[PROBLEM].decode("utf-8", "backslashreplace"), "write the shard again without it, or correct it")
 
 
 def _read_tar(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
     key, members = None, {}
-    for name, size, content in read_members(stream, MAX_MEMBER_BYTES):
-        base, extension = base_plus_ext(name)
-        if base is None:
+    for member in read_members(stream, MAX_MEMBER_BYTES):
+        if OF_MACOS.fullmatch(member.name):
             continue
-        extension = extension.lower()
+        name = NAME.fullmatch(member.name)
+        if name is None:
+            yield member.name, {PROBLEM: b"the file belongs to no sample: its name has no key and extension, such as 000017.json"}
+            continue
+        base, extension = name[1], name[2].lower()
         # a repeated extension begins another sample of the same name: nothing is lost
         if base != key or extension in members:
             if members:
                 yield key, members
             key, members = base, {}
-        if content is None:
-            members[PROBLEM] = f"member {extension} has {size} bytes, the limit is {MAX_MEMBER_BYTES}".encode()
+        if member.content is None:
+            members[PROBLEM] = f"member {extension} {member.problem}".encode("utf-8", "backslashreplace")
         else:
-            members[extension] = content
+            members[extension] = member.content
     if members:
         yield key, members
 
@@ -94,9 +115,6 @@ def _read_lines(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
 
 
 def _read_list(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
-    records = json.loads(stream.read())
-    if not isinstance(records, list):
-        raise tarfile.ReadError("the JSON file holds no list of samples")
-    for number, record in enumerate(records):
+    for number, record in enumerate(read_json_list(stream)):
         key = record.get("id") if isinstance(record, dict) else None
         yield str(key if key is not None else f"{number:08d}"), {"json": json.dumps(record).encode()}

@@ -95,7 +95,11 @@ def test_paths_links_and_devices_are_nothing_but_names(tmp_path):
         add(tar, "device.json", kind=tarfile.CHRTYPE)
         add(tar, "fifo.json", kind=tarfile.FIFOTYPE)
     before = sorted(p.name for p in tmp_path.iterdir())
-    assert [key for key, _ in read_shard(str(tmp_path / "a.tar"))] == ["../../etc/passwd", "/abs/olute"]
+    found = list(read_shard(str(tmp_path / "a.tar")))
+    assert [key for key, members in found if shards.PROBLEM not in members] == ["../../etc/passwd", "/abs/olute"]
+    # they do not vanish: each is an error of its sample
+    assert [key for key, members in found if shards.PROBLEM in members] == ["link", "hard", "device", "fifo"]
+    assert b"is no regular file but a symbolic link" in found[2][1][shards.PROBLEM]
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megavlm.data.read.compression import decompressed
 from megavlm.data.read.tar import read_members
 
 MAX_BYTES = 1200
@@ -30,17 +31,51 @@ def archive(entries, format, mode="w") -> bytes:
     return file.getvalue()
 
 
-def as_tarfile_reads(content: bytes) -> list:
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        files = [(member, tar.extractfile(member).read()) for member in tar if member.isfile()]
-    return [(member.name, member.size, found if member.size <= MAX_BYTES else None) for member, found in files]
+def read(content: bytes) -> list[tuple[str, bytes | None]]:
+    return [(member.name, member.content) for member in read_members(decompressed(io.BytesIO(content)), MAX_BYTES)]
+
+
+def as_tarfile_reads(content: bytes) -> list[tuple[str, bytes | None]]:
+    """Files with their contents, what is no file without one."""
+    with tarfile.open(fileobj=io.BytesIO(content), ignore_zeros=True) as tar:
+        return [
+            (member.name, tar.extractfile(member).read() if member.isfile() and member.size <= MAX_BYTES else None)
+            for member in tar
+            if not member.isdir()
+        ]
 
 
 @settings(max_examples=150, deadline=None)
-@given(members, formats, st.sampled_from(["w", "w:gz"]))
+@given(members, formats, st.sampled_from(["w", "w:gz", "w:bz2", "w:xz"]))
 def test_agrees_with_tarfile(entries, format, mode):
     content = archive(entries, format, mode)
-    assert list(read_members(io.BytesIO(content), MAX_BYTES)) == as_tarfile_reads(content)
+    assert read(content) == as_tarfile_reads(content)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(members, min_size=2, max_size=3), formats, st.sampled_from(["w", "w:gz", "w:bz2", "w:xz"]))
+def test_archives_after_each_other_are_one(parts, format, mode):
+    """As with ``cat a.tar b.tar``, compressed ones too."""
+    content = b"".join(archive(entries, format, mode) for entries in parts)
+    plain = b"".join(archive(entries, format) for entries in parts)
+    assert read(content) == as_tarfile_reads(plain)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_what_follows_the_end_and_is_no_archive_is_an_error(mode):
+    content = archive([("a.json", tarfile.REGTYPE, b"1", 0)], tarfile.USTAR_FORMAT, mode)
+    assert read(content + bytes(700)) == [("a.json", b"1")]
+    for garbage in (b"x", b"<html>" * 300):
+        with pytest.raises((tarfile.ReadError, OSError), match="what follows"):
+            read(content + garbage)
+
+
+def test_headers_that_promise_gigabytes_allocate_nothing():
+    for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE):
+        header = tarfile.TarInfo("a")
+        header.type, header.size = kind, 1 << 33
+        with pytest.raises(tarfile.ReadError, match="extended header at byte 0 has 8589934592 bytes"):
+            read(header.tobuf(tarfile.GNU_FORMAT))
 
 
 @settings(max_examples=150, deadline=None)
@@ -52,7 +87,7 @@ def test_what_is_cut_is_an_error(entries, format, data):
         end = tar.offset
     cut = content[: data.draw(st.integers(0, end))]
     with pytest.raises((tarfile.TarError, EOFError)):
-        list(read_members(io.BytesIO(cut), MAX_BYTES))
+        read(cut)
 
 
 @settings(max_examples=150, deadline=None)
@@ -62,7 +97,7 @@ def test_noise_is_an_error_or_what_tarfile_reads(entries, format, data):
     content = bytearray(archive(entries, format))
     content[data.draw(st.integers(0, 511))] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        found = list(read_members(io.BytesIO(content), MAX_BYTES))
+        found = read(bytes(content))
     except (tarfile.TarError, EOFError, ValueError):
         return
     assert found == as_tarfile_reads(bytes(content))
