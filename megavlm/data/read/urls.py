@@ -1,7 +1,8 @@
 """Opening shards by URL. `file:` and `pipe:` are WebDataset's; `http:` and `https:` survive a server that drops connections.
 
-A dropped connection is taken up again at the byte where it broke (HTTP range requests); a server without ranges is read again
-from the start up to there. Whole shards from elsewhere can be kept in a local cache with a size limit.
+A dropped connection is taken up again at the byte where it broke (HTTP range requests); a server without ranges, or with wrong ones, is
+read again from the start up to there. Whole shards from elsewhere can be kept in a local cache with a size limit; a copy that turns out
+to be broken is fetched again.
 """
 
 import hashlib
@@ -9,11 +10,15 @@ import http.client
 import io
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlparse
@@ -23,8 +28,15 @@ import webdataset
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 60
+MIN_BYTES = 1 << 16
+"""A connection that brings fewer bytes in ``TIMEOUT_S`` is as good as none."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 30.0
 TRANSIENT = (ConnectionError, TimeoutError, http.client.HTTPException, urllib.error.URLError)
+OVERLOAD = (408, 425, 429, 500, 502, 503, 504)
+CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+FETCHING = ".fetching-"
+FETCH_DAYS = 1
+"""A fetch older than this was killed."""
 
 
 class Opener:
@@ -57,9 +69,9 @@ class Opener:
         return webdataset.gopen(url)
 
     def _cached(self, url: str) -> BinaryIO:
-        folder = Path(self.cache_dir)
+        copy = self._copy(url)
+        folder = copy.parent
         folder.mkdir(parents=True, exist_ok=True)
-        copy = folder / (hashlib.sha256(url.encode()).hexdigest()[:32] + ".shard")
         try:
             stream = copy.open("rb")
             os.utime(copy)  # the time of the last use
@@ -67,7 +79,7 @@ class Opener:
         except FileNotFoundError:
             pass
         # a name of its own: several processes may fetch the same shard at once, and the last one to finish wins
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".fetching-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=FETCHING, delete=False) as file:
             try:
                 with self._stream(url) as source:
                     shutil.copyfileobj(source, file, 1 << 20)
@@ -79,8 +91,20 @@ class Opener:
         self._evict(folder, copy)
         return stream
 
+    def forget(self, url: str) -> None:
+        """Remove the copy of a shard that turned out to be broken, so that the next reader fetches it again."""
+        if self.cache_dir is not None and not is_local(url):
+            self._copy(url).unlink(missing_ok=True)
+
+    def _copy(self, url: str) -> Path:
+        return Path(self.cache_dir) / (hashlib.sha256(url.encode()).hexdigest()[:32] + ".shard")
+
     def _evict(self, folder: Path, newest: Path) -> None:
         copies = []
+        for path in folder.glob(f"{FETCHING}*"):
+            with suppress(FileNotFoundError):  # another process was faster
+                if path.stat().st_mtime < time.time() - FETCH_DAYS * 86400:
+                    path.unlink()
         for path in folder.glob("*.shard"):
             try:
                 copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
@@ -96,9 +120,51 @@ class Opener:
                 excess -= size
 
 
+class _Deadline:
+    """Mixed into a connection: an answer whose head trickles in for longer than the timeout counts as none."""
+
+    sock: socket.socket
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        is_late = threading.Event()
+
+        def cut() -> None:
+            is_late.set()
+            with suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(TIMEOUT_S, cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            response = super().getresponse()  # pyright: ignore[reportAttributeAccessIssue]  (of the connection that it is mixed into)
+        finally:
+            timer.cancel()
+        if is_late.is_set():
+            raise TimeoutError(f"no answer in {TIMEOUT_S} s")
+        return response
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def do_open(self, http_class, req, **options):
+        return super().do_open(type("_Connection", (_Deadline, http_class), {}), req, **options)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def do_open(self, http_class, req, **options):
+        return super().do_open(type("_Connection", (_Deadline, http_class), {}), req, **options)
+
+
+_opener = urllib.request.build_opener(_HttpHandler, _HttpsHandler)
+
+
 def is_local(url: str) -> bool:
     """Whether ``url`` is a path or a `file:` URL."""
     return urlparse(url).scheme in ("", "file")
+
+
+def _is_lines(url: str) -> bool:
+    return urlparse(url).path.lower().endswith(".jsonl")
 
 
 def local_path(url: str) -> str:
@@ -110,28 +176,41 @@ class _HttpStream(io.RawIOBase):
     """The body of a URL, taken up again where a connection breaks."""
 
     def __init__(self, url: str, retries: int):
-        self.url, self.retries = url, retries
-        self.position, self.length, self._tag = 0, None, None
+        self.url = url
+        self.retries = retries
+        self.position = 0
+        self.length: int | None = None
+        self._tag: str | None = None
+        self._has_ranges = True
         self._response = None
         self._failures = 0
+        self._slow = 0
+        """How often in a row the server hardly brought anything."""
+        self._waited_s = 0.0
+        """Time spent in here since it last brought enough: what the reader does in between is not the server's fault."""
+        self._brought = 0
+        """Bytes in that time."""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
         while True:
+            begin = time.monotonic()
             try:
                 if self._response is None:
                     self._connect()
-                count = self._response.readinto(buffer)
-                if count == 0 and self.length is not None and self.position < self.length:
+                # what is there, and not as much as fits: a slow server must not keep us here
+                content = self._response.read1(len(buffer))
+                if not content and self.length is not None and self.position < self.length:
                     raise ConnectionError(f"the connection ended at byte {self.position} of {self.length}")
-                self.position += count
-                self._failures = 0 if count else self._failures
-                return count
+                buffer[: len(content)] = content
+                self.position += len(content)
+                self._look_at_pace(len(content), time.monotonic() - begin)
+                return len(content)
             except urllib.error.HTTPError as error:
                 # the server's answer, not its absence: only overload is worth another try
-                if error.code not in (408, 425, 429, 500, 502, 503, 504):
+                if error.code not in OVERLOAD:
                     raise OSError(f"{self.url}: HTTP {error.code} {error.reason}") from error
                 self._pause(error)
             except TRANSIENT as error:
@@ -139,22 +218,58 @@ class _HttpStream(io.RawIOBase):
 
     def _connect(self) -> None:
         request = urllib.request.Request(self.url)
-        if self.position:
-            request.add_header("Range", f"bytes={self.position}-")
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+        begin = self.position if self._has_ranges else 0
+        if begin:
+            request.add_header("Range", f"bytes={begin}-")
+        self._response = response = _opener.open(request, timeout=TIMEOUT_S)
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        if self.position and tag != self._tag:
+        first, length = self._place_of(response, begin)
+        length = length or self.length
+        if self.position and (tag != self._tag or self.length not in (None, length)):
             raise OSError(f"{self.url} has changed while it was read")
-        self._tag, size = tag, response.headers.get("Content-Length")
-        skip = 0 if response.status == 206 else self.position
-        if size is not None:
-            self.length = int(size) + self.position - skip
+        self._tag = tag
+        self.length = length
+        skip = self.position - first
         while skip:
             skipped = len(response.read(min(skip, 1 << 20)))
             if not skipped:
                 raise ConnectionError("the connection ended on the way to where it had broken")
             skip -= skipped
-        self._response = response
+
+    def _place_of(self, response, begin: int) -> tuple[int, int | None]:
+        """The byte that a response begins at, and the length of the whole, where it says so."""
+        size = response.headers.get("Content-Length", "")
+        size = int(size) if size.isdecimal() else None
+        if size is None and response.headers.get("Transfer-Encoding") is None and _is_lines(self.url):
+            raise OSError(f"{self.url}: the server does not say how long the file is, and lines have no mark of an end")
+        if response.status != 206:
+            return 0, size
+        found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if found is None:
+            # not allowed, but right if the lengths add up
+            is_right, total = size is not None and begin + size == self.length, self.length
+        else:
+            is_right = int(found[1]) == begin and size in (None, int(found[2]) - int(found[1]) + 1)
+            total = int(found[3]) if found[3].isdecimal() else self.length
+        if not is_right:
+            self._has_ranges = False
+            raise ConnectionError(f"the server sent another range ({response.headers.get('Content-Range')}) than bytes {begin} and on")
+        return begin, total
+
+    def _look_at_pace(self, count: int, seconds: float) -> None:
+        """Whoever brings bytes is forgiven earlier failures; whoever hardly does is as good as gone, however often it connects."""
+        self._failures = 0 if count else self._failures
+        self._brought += count
+        self._waited_s += seconds
+        if self._brought >= MIN_BYTES:
+            self._slow, self._brought, self._waited_s = 0, 0, 0.0
+        elif self._waited_s > TIMEOUT_S:
+            self._slow += 1
+            log.info("%s: %d bytes in %.0f s", self.url, self._brought, self._waited_s)
+            self._drop()
+            if self._slow > self.retries:
+                raise OSError(f"{self.url}: gave up: {self._brought} bytes in {self._waited_s:.0f} s, {self._slow} times in a row")
+            self._brought, self._waited_s = 0, 0.0
 
     def _pause(self, error: Exception) -> None:
         self._drop()
@@ -162,7 +277,9 @@ class _HttpStream(io.RawIOBase):
         if self._failures > self.retries:
             raise OSError(f"{self.url}: gave up after {self._failures} failures in a row: {error}") from error
         log.info("%s: %s; trying again (%d of %d)", self.url, error, self._failures, self.retries)
-        time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._failures - 1)))
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._failures - 1))
+        self._waited_s += pause_s
+        time.sleep(pause_s)
 
     def _drop(self) -> None:
         if self._response is not None:

@@ -2,6 +2,8 @@
 
 import http.server
 import threading
+import time
+from contextlib import suppress
 
 import pytest
 
@@ -16,6 +18,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves one folder; ``drop_after`` bytes of a response the connection breaks, ``failures`` requests get a 503 first."""
 
     drop_after, failures, ranges, requests = None, 0, True, 0
+    wrong_range, tag, trickle, says_length = None, None, "", True
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -24,19 +27,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.requests += 1
         if server.failures:
             server.failures -= 1
-            return self.send_error(503)
+            self.send_error(503)
+            return
+        if self.path == "/circle":
+            self.send_response(302)
+            self.send_header("Location", "/circle")
+            self.end_headers()
+            return
         path = server.folder / self.path.lstrip("/")
         if not path.is_file():
-            return self.send_error(404)
+            self.send_error(404)
+            return
         content, begin = path.read_bytes(), 0
         if server.ranges and (asked := self.headers.get("Range")):
             begin = int(asked.removeprefix("bytes=").rstrip("-"))
+        headers = {"Content-Length": str(len(content) - begin), "ETag": server.tag or str(path.stat().st_mtime_ns)}
+        if begin and server.wrong_range:
+            headers |= {name: value.format(begin=begin, total=len(content)) for name, value in server.wrong_range.items()}
+        if not server.says_length:
+            del headers["Content-Length"]
         self.send_response(206 if begin else 200)
-        self.send_header("Content-Length", str(len(content) - begin))
-        self.send_header("ETag", str(path.stat().st_mtime_ns))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if server.trickle == "head":
+            self.flush_headers()
+            self._trickle(b"X-Slow: " + b"x" * 10_000)
+            return
         self.end_headers()
+        if server.trickle == "body":
+            self._trickle(content[begin:])
+            return
         end = len(content) if server.drop_after is None else begin + server.drop_after
+        if server.trickle == "drops":
+            time.sleep(0.15)
+            end = begin + 1
         self.wfile.write(content[begin:end])
+
+    def _trickle(self, content):
+        with suppress(OSError):
+            for byte in content:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.05)
 
     def log_message(self, *_):
         pass
@@ -137,3 +168,71 @@ def test_lanes_read_over_http(server, make_factory):
     server.drop_after = 9000
     remote = make_factory({"a": {"shards": server.url}}, num_lanes=1)(0)
     assert [ids(next(remote)[0]) for _ in range(3)] == [ids(next(local)[0]) for _ in range(3)]
+
+
+# --- servers that answer wrongly
+
+
+WRONG = {
+    "another range": {"Content-Range": "bytes 0-99/{total}"},
+    "a range of another length": {"Content-Range": "bytes {begin}-{begin}/{total}"},
+    "a range that is none": {"Content-Range": "pieces 1 to 2"},
+    "several ranges": {"Content-Type": "multipart/byteranges; boundary=x", "Content-Length": "7"},
+}
+
+
+@pytest.mark.parametrize("headers", WRONG.values(), ids=WRONG)
+def test_a_wrong_range_is_not_appended(server, headers):
+    """It is read again from the start instead."""
+    wanted = read(str(server.folder / "a.tar"))
+    server.drop_after, server.wrong_range = 5000, headers
+    stop_dropping = threading.Timer(0.3, setattr, (server, "drop_after", None))
+    stop_dropping.start()
+    assert read(server.url, retries=10_000) == wanted
+
+
+def test_a_file_of_another_length_has_changed(server, monkeypatch):
+    server.drop_after, server.tag = 6000, "the same"
+    stream = urls._HttpStream(server.url, retries=3)
+    stream.read(1000)
+    write_shard(server.folder / "a.tar", [(str(i), pair("generation", 4)) for i in range(30)])
+    with pytest.raises(OSError, match="has changed"):
+        stream.readall()
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("part", ["head", "body", "drops"])
+def test_a_server_that_trickles_is_given_up(server, monkeypatch, part):
+    monkeypatch.setattr(urls, "TIMEOUT_S", 0.4)
+    server.trickle = part
+    with pytest.raises(DataError, match="gave up"):
+        read(server.url, retries=2)
+
+
+def test_redirects_in_a_circle_are_an_error(server):
+    with pytest.raises(DataError, match="HTTP 30"):
+        read(server.url.replace("a.tar", "circle"))
+
+
+def test_lines_of_unknown_length_are_refused_because_a_cut_could_not_be_seen(server):
+    (server.folder / "a.jsonl").write_text('{"text": "a"}\n' * 9)
+    assert len(read(server.url.replace("a.tar", "a.jsonl"))) == 9
+    server.says_length = False
+    assert len(read(server.url)) == 20, "a tar has a mark of its end"
+    with pytest.raises(DataError, match="does not say how long"):
+        read(server.url.replace("a.tar", "a.jsonl"))
+
+
+def test_a_broken_copy_in_the_cache_is_fetched_again(server, tmp_path):
+    options = {"cache_dir": str(tmp_path / "cache")}
+    whole = (server.folder / "a.tar").read_bytes()
+    (server.folder / "a.tar").write_bytes(whole[:3000])
+    with pytest.raises(DataError, match="cut short"):
+        read(server.url, **options)
+    (server.folder / "a.tar").write_bytes(whole)
+    assert len(read(server.url, **options)) == 20
+    (copy,) = (tmp_path / "cache").glob("*.shard")
+    copy.write_bytes(b"")
+    with pytest.raises(DataError, match="cut short"):
+        read(server.url, **options)
+    assert len(read(server.url, **options)) == 20
