@@ -19,13 +19,23 @@ returns a `Record` and the encoded images by member name (``img0.png``). What is
 import importlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
 
-from megavlm.data.read.sample import IMAGE_TYPES, Coordinates, Record, Sample, Segment, decode_image, parse_record
-from megavlm.data.read.shards import PROBLEM, Members
+from megavlm.data.read.llava import llava_images
+from megavlm.data.read.sample import (
+    IMAGE_TYPES,
+    Coordinates,
+    Record,
+    Sample,
+    Segment,
+    image_names,
+    make_sample,
+    parse_record,
+    refuse_unnamed,
+)
+from megavlm.data.read.shards import Members, refuse_unread
 from megavlm.errors import ConfigError, DataError
 from megavlm.randomness import Purpose, stream
 
@@ -74,8 +84,7 @@ def parse(key: str, members: Members, source, coordinates: Coordinates, seed: in
     Raises:
         DataError: Without a place, which the caller knows and adds.
     """
-    if PROBLEM in members:
-        raise DataError(members[PROBLEM].decode(), "write the shard again")
+    refuse_unread(members)
 
     def rng() -> np.random.Generator:
         return stream(seed, Purpose.FORMAT, *coordinates[:4])
@@ -84,21 +93,23 @@ def parse(key: str, members: Members, source, coordinates: Coordinates, seed: in
         record, members = find_format(source.format)(key, members, source, rng)
     except ValidationError as error:
         raise DataError(f"the sample is not usable: {error.errors()[0]['msg']}", "correct or remove the sample") from error
-    names = dict.fromkeys(segment.image for segment in record.segments if segment.image is not None)
-    images = {name: decode_image(name, members) for name in names}
-    return Sample(key, record.task, record.segments, images, coordinates, record.meta)
+    return make_sample(key, record, members, coordinates)
 
 
 @register_format("megavlm")
 def _megavlm(key: str, members: Members, source, rng) -> tuple[Record, Members]:
-    return parse_record(members), members
+    record = parse_record(members)
+    refuse_unnamed(image_names(record), members)
+    return record, members
 
 
 @register_format("img2dataset")
 def _img2dataset(key: str, members: Members, source, rng) -> tuple[Record, Members]:
-    kind = next((kind for kind in IMAGE_TYPES if kind in members), None)
-    if kind is None:
+    kinds = [kind for kind in IMAGE_TYPES if kind in members]
+    if not kinds:
         raise DataError(f"the pair has no image, only {sorted(members)}", "remove it, or choose another format")
+    if len(kinds) > 1:
+        raise DataError(f"the pair has more than one image: {', '.join(kinds)}", "take out all but one")
     text = members.get("txt")
     caption = _utf8(text) if text is not None else _document(members).get("caption")
     if not isinstance(caption, str) or not caption.strip():
@@ -110,17 +121,17 @@ def _img2dataset(key: str, members: Members, source, rng) -> tuple[Record, Membe
     else:
         request = source.caption_requests[int(chance.integers(len(source.caption_requests)))]
         record = Record(task="understanding", segments=(Segment(image="img0"), Segment(text=request), caption))
-    return record, {f"img0.{kind}": members[kind]}
+    return record, {f"img0.{kinds[0]}": members[kinds[0]]}
 
 
 @register_format("llava")
 def _llava(key: str, members: Members, source, rng) -> tuple[Record, Members]:
     document = _document(members)
-    turns, images = document.get("conversations"), document.get("image", [])
+    turns, images = document.get("conversations"), document.get("image") or []
     images = images if isinstance(images, list) else [images]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise DataError("the sample has no list of conversations", "write it in LLaVA's schema")
-    found = _llava_images(images, members, source)
+    found = llava_images(key, images, members, source.image_root)
     segments, num_used = [], 0
     for turn in turns:
         value, from_model = turn.get("value"), turn.get("from") in ("gpt", "assistant")
@@ -135,22 +146,6 @@ def _llava(key: str, members: Members, source, rng) -> tuple[Record, Members]:
     if num_used != len(images):
         raise DataError(f"the turns name {num_used} images, the sample has {len(images)}", "correct the sample")
     return Record(task="understanding" if images else "text", segments=tuple(segments)), found
-
-
-def _llava_images(images: list, members: Members, source) -> Members:
-    if source.image_root is None:
-        kinds = [name for name in members if name.split(".")[-1] in IMAGE_TYPES]
-        return {f"img{i}.{name.split('.')[-1]}": members[name] for i, name in enumerate(sorted(kinds))}
-    root, found = Path(source.image_root).resolve(), {}
-    for i, name in enumerate(images):
-        path = (root / str(name)).resolve()
-        if not path.is_relative_to(root):
-            raise DataError(f"image {name!r} lies outside of image_root", "correct the sample")
-        try:
-            found[f"img{i}.{path.suffix[1:].lower()}"] = path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise DataError(f"image {name!r} cannot be read: {error}", "check image_root, or remove the sample") from error
-    return found
 
 
 @register_format("text")
@@ -176,7 +171,9 @@ def _interleaved(key: str, members: Members, source, rng) -> tuple[Record, Membe
         segments.append(Segment(text=text, image=image and image.rsplit(".", 1)[0], loss=loss))
     drawn = any(segment.image and segment.loss for segment in segments)
     task = "generation" if drawn else "understanding" if any(images) else "text"
-    return Record(task=task, segments=tuple(segments)), members
+    record = Record(task=task, segments=tuple(segments))
+    refuse_unnamed(image_names(record), members)
+    return record, members
 
 
 def _utf8(content: bytes) -> str:
@@ -191,7 +188,8 @@ def _document(members: Members) -> dict:
         raise DataError(f"the sample has no json member, only {sorted(members)}", "choose another format")
     try:
         document = json.loads(_utf8(members["json"]))
-    except (json.JSONDecodeError, RecursionError) as error:
+    # numbers of thousands of digits are a ValueError
+    except (ValueError, RecursionError) as error:
         raise DataError(f"broken JSON: {error}", "write the json member as UTF-8 JSON") from error
     if not isinstance(document, dict):
         raise DataError("the JSON is no object", "write the json member as an object")

@@ -9,19 +9,24 @@
 """
 
 import io
-import warnings
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from megavlm.data.read.pixels import decode_pixels
+from megavlm.data.read.shards import refuse_unread
 from megavlm.errors import DataError
 from megavlm.routing.tasks import TaskName
 
 MAX_NPY_HEADER_BYTES = 4096
+MAX_CHARACTERS = 16 << 20
+"""Of one text: far more than any pack holds."""
+MAX_CODES = 1 << 24
+"""Of one image: a million times what a pack holds."""
 
 IMAGE_TYPES = ("png", "jpg", "jpeg", "webp", "npy")
 
@@ -68,8 +73,11 @@ class Record(BaseModel):
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Record":
-        if not any(segment.loss for segment in self.segments):
+        losses = [segment for segment in self.segments if segment.loss]
+        if not losses:
             raise ValueError("no segment has a loss, so there is nothing to learn")
+        if not any(segment.image is not None or (segment.text or "").strip() for segment in losses):
+            raise ValueError("every text with a loss is empty, so there is nothing to learn")
         return self
 
 
@@ -106,16 +114,50 @@ def parse_record(members: dict[str, bytes]) -> Record:
         raise DataError(f"JSON does not follow the sample schema: {mistakes}", "correct the json member") from error
 
 
+def image_names(record: Record) -> list[str]:
+    """The images that a record names, each once."""
+    return list(dict.fromkeys(segment.image for segment in record.segments if segment.image is not None))
+
+
+def refuse_unnamed(names: Container[str], members: dict[str, bytes]) -> None:
+    """Raise a DataError if there is an image in ``members`` that is none of ``names``: nothing is left out silently."""
+    left = [member for member in members if _stem_and_kind(member)[1] in IMAGE_TYPES and _stem_and_kind(member)[0] not in names]
+    if left:
+        raise DataError(f"no segment names the images {sorted(left)}", "name them in the JSON, or take them out")
+
+
 def parse_sample(key: str, members: dict[str, bytes], coordinates: Coordinates) -> Sample:
     """Decode the members of one sample in our own schema.
 
     Raises:
         DataError: Without a place, which the caller knows and adds.
     """
+    refuse_unread(members)
     record = parse_record(members)
-    names = dict.fromkeys(segment.image for segment in record.segments if segment.image is not None)
-    images = {name: decode_image(name, members) for name in names}
+    refuse_unnamed(image_names(record), members)
+    return make_sample(key, record, members, coordinates)
+
+
+def make_sample(key: str, record: Record, members: dict[str, bytes], coordinates: Coordinates) -> Sample:
+    """A sample from its record, with the images that it names.
+
+    Raises:
+        DataError: Without a place, which the caller knows and adds.
+    """
+    for segment in record.segments:
+        _check_text(segment.text or "")
+    images = {name: decode_image(name, members) for name in image_names(record)}
     return Sample(key, record.task, record.segments, images, coordinates, record.meta)
+
+
+def _check_text(text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise DataError(f"a text has {len(text)} characters, the limit is {MAX_CHARACTERS}", "cut the document into several samples")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON can write half of a character: "\\ud800"
+        raise DataError(f"a text holds half a character (a lone surrogate): {error}", "write text as UTF-8") from error
 
 
 def decode_image(name: str, members: dict[str, bytes]) -> np.ndarray:
@@ -124,24 +166,21 @@ def decode_image(name: str, members: dict[str, bytes]) -> np.ndarray:
     Raises:
         DataError: Without a place, which the caller knows and adds.
     """
-    for kind in IMAGE_TYPES:
-        if (content := members.get(f"{name}.{kind}")) is not None:
-            return _decode_codes(name, content) if kind == "npy" else _decode_pixels(f"{name}.{kind}", content)
-    raise DataError(
-        f"image {name!r} has no member; the sample has {sorted(members)}",
-        f"add {name}.png (or {', '.join(IMAGE_TYPES[1:])}) or take the segment out",
-    )
+    kinds = [kind for kind in IMAGE_TYPES if f"{name}.{kind}" in members]
+    if not kinds:
+        raise DataError(
+            f"image {name!r} has no member; the sample has {sorted(members)}",
+            f"add {name}.png (or {', '.join(IMAGE_TYPES[1:])}) or take the segment out",
+        )
+    if len(kinds) > 1:
+        raise DataError(f"image {name!r} is there as {' and as '.join(kinds)}", "take out all but one")
+    content = members[f"{name}.{kinds[0]}"]
+    return _decode_codes(name, content) if kinds[0] == "npy" else decode_pixels(f"{name}.{kinds[0]}", content)
 
 
-def _decode_pixels(member: str, content: bytes) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
-                return np.asarray(image.convert("RGB"))
-    # Pillow raises whatever its decoders stumble over: OSError, SyntaxError, ValueError, struct.error, …
-    except Exception as error:
-        raise DataError(f"{member} cannot be read as an image: {error}", "replace or remove the image") from error
+def _stem_and_kind(member: str) -> tuple[str, str]:
+    stem, _, kind = member.rpartition(".")
+    return stem, kind
 
 
 def _decode_codes(name: str, content: bytes) -> np.ndarray:
@@ -157,6 +196,8 @@ def _decode_codes(name: str, content: bytes) -> np.ndarray:
         raise DataError(f"{name}.npy holds {dtype} of shape {shape}, not codes", remedy)
     if len(content) - begin != shape[0] * shape[1] * dtype.itemsize:
         raise DataError(f"{name}.npy says {shape} {dtype} but holds {len(content) - begin} bytes", remedy)
+    if shape[0] * shape[1] > MAX_CODES:
+        raise DataError(f"{name}.npy holds {shape[0]} x {shape[1]} codes, more than any image has", remedy)
     return np.frombuffer(content, dtype, offset=begin).reshape(shape, order="F" if fortran_order else "C").astype(np.int64)
 
 
