@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 from megavlm.cli.arguments import NotNegative, Positive
 from megavlm.errors import ConfigError
@@ -85,7 +86,16 @@ class TokenizerCommands:
         urls = expand_shards("shards", as_shards(shards))
         print(json.dumps(train_tokenizer(read_images(urls, source_of(format)), Path(str(out)), plan, device or _devices()[0]), indent=1))
 
-    def encode(self, shards, out: str, tokenizer: str, height: NotNegative = 0, width: NotNegative = 0, processes: NotNegative = 0):
+    def encode(
+        self,
+        shards,
+        out: str,
+        tokenizer: str,
+        height: NotNegative = 0,
+        width: NotNegative = 0,
+        fit: str = "crop",
+        processes: NotNegative = 0,
+    ):
         """Turn raw shards into pre-tokenised ones: every image becomes codes, all else stays. A second start resumes.
 
             megavlm data encode "data/shapes/{generation,understanding}-train-{0000..0019}.tar" data/shapes/codes --tokenizer=data/shapes/vq
@@ -96,13 +106,14 @@ class TokenizerCommands:
             tokenizer: Folder of a VQ model, or a recipe with an image tokenizer.
             height: Rows of codes, if a folder is given; a Janus model has a default.
             width: Columns of codes, if a folder is given.
+            fit: What happens to images of other proportions, if a folder is given: crop, pad or squash.
             processes: Shards that are encoded at the same time; 0 is one per GPU, or one per core without a GPU.
         """
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.tools.tokenize import encode_shards
 
         devices = _devices()
-        made = _image_tokenizer(str(tokenizer), height, width)
+        made = _image_tokenizer(str(tokenizer), height, width, fit)
         num_processes = processes or (len(devices) if devices != ["cpu"] else len(os.sched_getaffinity(0)))
         urls = expand_shards("shards", as_shards(shards))
         encoded, there = encode_shards(urls, Path(str(out)), made, num_processes, devices)
@@ -133,16 +144,19 @@ def _devices() -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def _image_tokenizer(name: str, height: int, width: int):
+def _image_tokenizer(name: str, height: int, width: int, fit: str):
     """The image tokenizer of a folder or a recipe."""
     if not Path(name).is_dir():
         from megavlm.config import load_config
         from megavlm.image_tokenizers.build import build_image_tokenizer
 
         return build_image_tokenizer(load_config(name).vocabulary.image_tokenizer)
+    from megavlm.image_tokenizers.fitting import Fit
     from megavlm.image_tokenizers.vq import VQTokenizer, read_vq_config
 
     default = getattr(read_vq_config(Path(name))[1], "num_patches", 0)
     if not (height or default) or not (width or default):
         raise ConfigError(f"{name} does not say how many codes an image has\n  do:    give --height and --width")
-    return VQTokenizer(name, height or default, width or default)
+    if fit not in get_args(Fit):
+        raise ConfigError(f"--fit={fit}: there is no such fit\n  do:    use one of {', '.join(get_args(Fit))}")
+    return VQTokenizer(name, height or default, width or default, fit=fit)

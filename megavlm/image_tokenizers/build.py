@@ -18,8 +18,8 @@ def build_image_tokenizer(
 ) -> ImageTokenizer:
     """Build the image tokenizer of a recipe. Its weights, if it has any, are read when they are first needed."""
     if config.kind == "pixel":
-        return PixelTokenizer(config.levels, config.height, config.width)
+        return PixelTokenizer(config.levels, config.height, config.width, config.fit)
     if config.kind == "vq":
-        return VQTokenizer(config.path, config.height, config.width, device, config.fingerprint)
+        return VQTokenizer(config.path, config.height, config.width, device, config.fingerprint, config.fit)
     around = build_image_tokenizer(config.around, device)
     return CompressedTokenizer(config.path, around, device, config.fingerprint, config.understanding == "continuous")

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from megavlm.errors import ConfigError, DataError
 from megavlm.image_tokenizers.compressor import PlugInSettings
 from megavlm.image_tokenizers.decompressor import PlugIn
+from megavlm.image_tokenizers.fitting import Loss
 from megavlm.image_tokenizers.pixel import PixelTokenizerConfig
 from megavlm.image_tokenizers.protocol import Features, ImageTokenizer, codes_of_member
 from megavlm.image_tokenizers.vq import VQTokenizerConfig
@@ -138,6 +139,9 @@ class CompressedTokenizer(ImageTokenizer):
                 "give raw images, or codes of the tokenizer inside the compressed one",
             )
         return self.compress(dense_hw[None])[0], self.features(dense_hw) if self.feature_width and not has_loss else None
+
+    def loss_of(self, image: np.ndarray) -> Loss | None:
+        return self.around.loss_of(image)
 
     def codebook(self) -> torch.Tensor | None:
         return None

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from megavlm.image_tokenizers.fitting import Fit, fitted
 from megavlm.image_tokenizers.protocol import DenseCodes, Side
 from megavlm.settings import Settings, Whole
 
@@ -23,38 +24,42 @@ class PixelTokenizerConfig(Settings):
     """Rows of codes per image."""
     width: Side = 8
     """Columns of codes per image."""
+    fit: Fit = "squash"
+    """What happens to images of other proportions: crop, pad or squash (`megavlm.image_tokenizers.fitting`)."""
 
 
 class PixelTokenizer(DenseCodes):
     """A code is the grey level of a pixel: exact on images of ``height x width`` with ``levels`` grey levels.
 
-    Other images are scaled to the size (box filter) and rounded to the nearest level.
+    Other images are brought to the size (box filter) and rounded to the nearest level.
 
     Args:
         levels: Number of grey levels, which is the size of the codebook.
         height: Rows of the grid.
         width: Columns of the grid.
+        fit: What happens to images of other proportions.
     """
 
     has_decoder = True
 
-    def __init__(self, levels: int, height: int, width: int):
+    def __init__(self, levels: int, height: int, width: int, fit: Fit = "squash"):
         self.codebook_size = levels
         self.height = height
         self.width = width
+        self.fit_kind: Fit = fit
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"pixel {self.codebook_size}".encode()).hexdigest()
+        # as ever where images are squashed
+        fit = "" if self.fit_kind == "squash" else f" {self.fit_kind}"
+        return hashlib.sha256(f"pixel {self.codebook_size}{fit}".encode()).hexdigest()
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        return self.height, self.width
 
     def encode(self, images: Collection[np.ndarray]) -> np.ndarray:
-        size = (self.width, self.height)
-        images_NHWC = np.stack(
-            [
-                image if image.shape[1::-1] == size else np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
-                for image in images
-            ]
-        )
+        images_NHWC = np.stack([fitted(image, self.pixels, self.fit_kind, Image.Resampling.BOX) for image in images])
         grey_Nhw = images_NHWC.astype(np.float64).mean(axis=3)
         return np.rint(grey_Nhw * (self.codebook_size - 1) / 255).astype(np.int64)
 

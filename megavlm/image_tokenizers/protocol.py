@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from megavlm.errors import DataError
+from megavlm.image_tokenizers.fitting import Fit, Loss, loss_of
 from megavlm.settings import Positive
 
 Side = Annotated[Positive, Field(le=1024)]
@@ -96,6 +97,10 @@ class DenseCodes(ImageTokenizer, Protocol):
     """The base of most tokenizers: shards hold their own codes, the model reads codes, and any code may stand anywhere."""
 
     feature_width = 0
+    pixels: tuple[int, int] = (0, 0)
+    """(height, width) that images are brought to."""
+    fit_kind: Fit = "pad"
+    """How."""
 
     @property
     def of_shards(self) -> ImageTokenizer:
@@ -103,6 +108,9 @@ class DenseCodes(ImageTokenizer, Protocol):
 
     def encode_member(self, name: str, image: np.ndarray, has_loss: bool) -> tuple[np.ndarray, None]:
         return codes_of_member(self, name, image), None
+
+    def loss_of(self, image: np.ndarray) -> Loss | None:
+        return loss_of(image, self.pixels, self.fit_kind)
 
     def codebook(self) -> torch.Tensor | None:
         return None

@@ -25,11 +25,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional
 
 from megavlm.errors import ConfigError
+from megavlm.image_tokenizers.fitting import Fit, fitted
 from megavlm.image_tokenizers.protocol import DenseCodes, Side
 from megavlm.settings import PathText, Settings
 
@@ -45,6 +46,8 @@ class VQTokenizerConfig(Settings):
     """Rows of codes per image."""
     width: Side
     """Columns of codes per image."""
+    fit: Fit = "crop"
+    """What happens to images of other proportions: crop, pad or squash (`megavlm.image_tokenizers.fitting`)."""
     fingerprint: str | None = None
     """SHA-256 of the VQ model. Filled in at the start of a run, which does not resume with another one."""
 
@@ -69,17 +72,27 @@ class VQTokenizer(DenseCodes):
         width: Columns of codes.
         device: Where the model runs.
         expected: The fingerprint that the folder must have, if known; checked when the weights are read.
+        fit: What happens to images of other proportions.
 
     Raises:
         ConfigError: If the folder is missing, or holds no VQ model.
     """
 
-    def __init__(self, path: str | Path, height: int, width: int, device: str | torch.device = "cpu", expected: str | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        height: int,
+        width: int,
+        device: str | torch.device = "cpu",
+        expected: str | None = None,
+        fit: Fit = "crop",
+    ):
         self.path = Path(path)
         self.height = height
         self.width = width
         self.device = torch.device(device)
         self.expected = expected
+        self.fit_kind: Fit = fit
         self.family, self.config = read_vq_config(self.path)
         self.codebook_size = self.config.codebook_size if self.family == "emu3" else self.config.num_embeddings
         self.patch = math.isqrt(self.config.in_channels // 3)
@@ -92,10 +105,7 @@ class VQTokenizer(DenseCodes):
         return self.height * self.factor, self.width * self.factor
 
     def encode(self, images: Collection[np.ndarray]) -> np.ndarray:
-        """uint8 RGB images ``[H, W, 3]`` of any sizes to codes ``[N, height, width]``.
-
-        Images are scaled to cover the tokenizer's size, and cut evenly on both sides.
-        """
+        """uint8 RGB images ``[H, W, 3]`` of any sizes to codes ``[N, height, width]``."""
         prepared_NHWC = np.stack([self.fit(image) for image in images])
         return np.concatenate([self._encode(batch).cpu().numpy() for batch in self._batches(prepared_NHWC)])
 
@@ -124,15 +134,16 @@ class VQTokenizer(DenseCodes):
             vars(self).pop(name, None)
 
     def fit(self, image: np.ndarray) -> np.ndarray:
-        """An image of any size, scaled and cut to ``[*pixels, 3]``."""
-        if image.shape[:2] == self.pixels:
-            return image
-        return np.asarray(ImageOps.fit(Image.fromarray(image), (self.pixels[1], self.pixels[0]), FAMILIES[self.family][1]))
+        """An image of any size, brought to ``[*pixels, 3]``."""
+        return fitted(image, self.pixels, self.fit_kind, FAMILIES[self.family][1])
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the VQ model's settings and weights; changes whenever a code could."""
-        return hashlib.sha256(json.dumps([self.family, *map(list, self._scale), self._weights_hash()]).encode()).hexdigest()
+        described = [self.family, *map(list, self._scale), self._weights_hash()]
+        if self.fit_kind != "crop":
+            described.append(self.fit_kind)
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def _weights_hash(self) -> str:
         # settings that the names and shapes of the tensors do not show

@@ -7,10 +7,12 @@ when a run trains on them. The bytes do not depend on the number of processes: e
 
 import io
 import json
+import logging
 import multiprocessing
 import os
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import islice
@@ -23,12 +25,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megavlm.data.read.index import read_index, write_index
+from megavlm.data.read.place import reading_sample
 from megavlm.data.read.sample import IMAGE_TYPES, decode_image
-from megavlm.data.read.shards import PROBLEM, Members, read_shard
+from megavlm.data.read.shards import Members, read_shard, refuse_unread
 from megavlm.data.read.urls import is_local, local_path
 from megavlm.errors import ConfigError, DataError, MegavlmError
 from megavlm.image_tokenizers.protocol import ImageTokenizer
 from megavlm.system.files import read_json, write_atomically
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "image_tokenizer.json"
 SAMPLES_AT_ONCE = 256
@@ -69,30 +74,41 @@ def encode_shards(urls: list[str], out: Path, tokenizer: ImageTokenizer, process
     queue = context.Queue()
     for number in range(processes):
         queue.put(devices[number % len(devices)])
-    errors = []
+    errors, losses = [], Counter()
     with (
         Progress(console=Console(stderr=True)) as progress,
         ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, queue)) as pool,
     ):
         task = progress.add_task("shards", total=len(names), completed=len(names) - len(missing))
         for future in as_completed([pool.submit(_encode_in_worker, url, path) for url, path in missing]):
-            if isinstance(error := future.result(), MegavlmError):
-                errors.append(error)
+            result = future.result()
+            if isinstance(result, MegavlmError):
+                errors.append(result)
+            else:
+                losses += result
             progress.advance(task)
+    for loss in ("cut", "squashed"):
+        if losses[loss]:
+            log.warning("%d of %d images are %s (the tokenizer's fit)", losses[loss], losses["images"], loss)
     if errors:
         raise errors[0]
     return len(missing), len(names) - len(missing)
 
 
-def encode_shard(url: str, path: Path, tokenizer: ImageTokenizer) -> None:
-    """Write a pre-tokenised copy of one shard and its index; under its name there is all of it or nothing."""
+def encode_shard(url: str, path: Path, tokenizer: ImageTokenizer) -> Counter:
+    """Write a pre-tokenised copy of one shard and its index; under its name there is all of it or nothing.
+
+    Returns:
+        How many images there were, and how many lost what (`ImageTokenizer.loss_of`).
+    """
     temporary = path.with_name(f".{path.name}.encoding")
     samples = read_shard(url)
+    losses = Counter()
     with temporary.open("wb") as file:
         # not WebDataset's writer: it sorts members, and leaves out some
         with tarfile.open(fileobj=file, mode="w|") as tar:
             while chunk := list(islice(samples, SAMPLES_AT_ONCE)):
-                for name, content in _encoded(url, chunk, tokenizer):
+                for name, content in _encoded(url, chunk, tokenizer, losses):
                     header = tarfile.TarInfo(name)
                     header.size, header.mode = len(content), 0o444
                     tar.addfile(header, io.BytesIO(content))
@@ -100,6 +116,7 @@ def encode_shard(url: str, path: Path, tokenizer: ImageTokenizer) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     write_index(path)
+    return losses
 
 
 def check_codes(urls: list[str], tokenizer: ImageTokenizer) -> None:
@@ -114,25 +131,37 @@ def check_codes(urls: list[str], tokenizer: ImageTokenizer) -> None:
             _compare(folder, _describe(tokenizer.of_shards))
 
 
-def _encoded(url: str, samples: list[tuple[str, Members]], tokenizer: ImageTokenizer) -> Iterator[tuple[str, bytes]]:
-    """The members of some samples, by their names in the tar."""
+def _encoded(url: str, samples: list[tuple[str, Members]], tokenizer: ImageTokenizer, losses: Counter) -> Iterator[tuple[str, bytes]]:
+    """The members of some samples, by their names in the tar; what their images lose is counted."""
     images = []
     for key, members in samples:
-        try:
-            if PROBLEM in members:
-                raise DataError(members[PROBLEM].decode(), "write the shard again")
+        with reading_sample("", url, key):
+            refuse_unread(members)
+            _refuse_one_name(members)
             images += [_image(members, name) for name in members if _kind(name) in RAW_TYPES]
-        except DataError as error:
-            error.shard, error.key = url, key
-            raise
+    losses["images"] += len(images)
+    losses.update(loss for image in images if (loss := tokenizer.loss_of(image)))
     codes_Nhw = iter(tokenizer.encode(images) if images else ())
     dtype = np.uint16 if tokenizer.codebook_size <= 1 << 16 else np.int32
     for key, members in samples:
         for name, content in members.items():
-            if (kind := _kind(name)) in RAW_TYPES:
-                yield f"{key}.{name.removesuffix(kind)}npy", _npy(next(codes_Nhw).astype(dtype))
+            if _kind(name) in RAW_TYPES:
+                yield f"{key}.{_name_of_codes(name)}", _npy(next(codes_Nhw).astype(dtype))
             else:
                 yield f"{key}.{name}", content
+
+
+def _refuse_one_name(members: Members) -> None:
+    """Images of two kinds under one name would both become its codes."""
+    names = Counter(_name_of_codes(name) for name in members if _kind(name) in IMAGE_TYPES)
+    for name, count in names.items():
+        if count > 1:
+            given = [member for member in members if _kind(member) in IMAGE_TYPES and _name_of_codes(member) == name]
+            raise DataError(f"{' and '.join(given)} would both become {name}", "take out all but one")
+
+
+def _name_of_codes(name: str) -> str:
+    return f"{name.removesuffix(_kind(name))}npy"
 
 
 def _kind(name: str) -> str:
@@ -140,8 +169,6 @@ def _kind(name: str) -> str:
 
 
 def _image(members: Members, name: str) -> np.ndarray:
-    if f"{name.removesuffix(_kind(name))}npy" in members:
-        raise DataError(f"{name} has codes beside it", "remove one of them")
     # decode_image wants a name and a type; a pair's only image has no name
     return decode_image("image", {f"image.{_kind(name)}": members[name]})
 
@@ -180,7 +207,7 @@ def _compare(folder: Path, described: dict) -> None:
         lines = "\n".join(f"  {name}: {found.get(name)} in the folder, {described[name]} here" for name in different)
         raise ConfigError(
             f"{folder} holds codes of another image tokenizer:\n{lines}\n"
-            "  do:    use the tokenizer that made them, or encode the shards again into another folder"
+            "  do:    use the tokenizer that made them (its fit too), or encode the shards again into another folder"
         )
 
 
@@ -194,9 +221,8 @@ def _start_worker(tokenizer: ImageTokenizer, devices: multiprocessing.Queue) -> 
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _encode_in_worker(url: str, path: Path) -> MegavlmError | None:
+def _encode_in_worker(url: str, path: Path) -> MegavlmError | Counter:
     try:
-        encode_shard(url, path, _tokenizer)
+        return encode_shard(url, path, _tokenizer)
     except MegavlmError as error:
         return error
-    return None
