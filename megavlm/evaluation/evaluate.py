@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megavlm.data.read.place import reading_sample
 from megavlm.data.read.sample import Coordinates, Sample, parse_sample
 from megavlm.data.read.shards import expand_shards, read_shard
 from megavlm.data.tools.tokenize import check_codes
@@ -30,11 +31,11 @@ def evaluate(model: TrainedModel) -> dict[str, Any]:
         )
     urls = expand_shards("evaluation", settings.shards)
     check_codes(urls, model.image_tokenizer)
-    samples = [
-        parse_sample(key, members, Coordinates(0, 0, shard, index))
-        for shard, url in enumerate(urls)
-        for index, (key, members) in enumerate(read_shard(url))
-    ]
+    samples = []
+    for shard, url in enumerate(urls):
+        for index, (key, members) in enumerate(read_shard(url)):
+            with reading_sample("", url, key):
+                samples.append(parse_sample(key, members, Coordinates(0, 0, shard, index)))
     benchmark = find_benchmark(settings.benchmark)(samples, settings.num_drawings, model.image_tokenizer)
     losses = task_losses(model.backbone, samples, model.encoder, model.costing, model.device)
     understanding = judge_answers(model, benchmark.questions)

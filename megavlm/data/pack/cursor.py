@@ -1,6 +1,7 @@
 """A lane's way through a source: which parts of which shards, in which order."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from megavlm.data.pack.sources import Source
 from megavlm.data.read.sample import Coordinates
@@ -82,11 +83,19 @@ class Cursor:
                 self.state = [epoch, place + 1, 0]
                 first = 0
             self.state = [epoch + 1, 0, 0]
-            # a slice of a short shard may be empty, but not in every rotation
+            # a slice of a short shard may be empty, and so may a shard
             empty_epochs = 0 if num_found else empty_epochs + 1
-            if empty_epochs > self.num_lanes + 1:
+            if empty_epochs > self.num_lanes + 1 and self._is_empty():
                 raise DataError(
-                    f"lane {self.lane} finds no samples in {empty_epochs} epochs",
+                    "no shard of the source holds a sample",
                     "fill the shards, or take the source out of the recipe",
                     source.name,
                 )
+
+    def _is_empty(self) -> bool:
+        """Whether no shard has a sample; those that cannot be read have none."""
+        for url in self.source.urls:
+            with suppress(DataError):
+                if next(read_shard(url, self.source.name, self.open_url), None) is not None:
+                    return False
+        return True

@@ -5,7 +5,7 @@ of a source every sample comes up exactly once over all lanes (P2). The state of
 just yielded::
 
     {"pack": 12,                                     packs so far
-     "counts": {"errors": 0, "skipped": 0, "truncated": 0, "split": 0},
+     "counts": {"errors": 0, "skipped": 0, "truncated": 0, "split": 0, "cut": 0, "squashed": 0},
      "sources": {"captions": {"mark": 2868309, "cursor": [epoch, place, index], "pass": 51234}, …},
      "waiting": [[source, epoch, shard, index, piece], …],      the look-ahead, oldest first
      "pieces": [[pieces, tokens], …]}                           of each: pieces of its document, and its length
@@ -32,6 +32,7 @@ from megavlm.data.pack.pack import Costing, Pack, build_pack
 from megavlm.data.pack.packer import choose
 from megavlm.data.pack.sources import Source, State, adapt_state, fresh
 from megavlm.data.read import formats
+from megavlm.data.read.place import reading_sample
 from megavlm.data.read.sample import Coordinates
 from megavlm.data.read.shards import Members, read_shard
 from megavlm.data.read.urls import Opener
@@ -41,9 +42,11 @@ from megavlm.randomness import Purpose, stream
 log = logging.getLogger(__name__)
 
 
-COUNTS = ("errors", "skipped", "truncated", "split")
-"""What a lane counts: data errors, and over-long samples by what became of them."""
+COUNTS = ("errors", "skipped", "truncated", "split", "cut", "squashed")
+"""What a lane counts: data errors, over-long samples by what became of them, images by what they lose (`ImageTokenizer.loss_of`)."""
 
+Change = tuple[str, str]
+"""What does not come as it is, and what happened to it, one of `COUNTS`."""
 Pieces = dict[int, list[int] | None]
 """Pieces of one sample that wait: number → [pieces of the sample, tokens]."""
 
@@ -78,7 +81,7 @@ class Lane:
         self.open_url = Opener(config.retries, config.cache_dir, config.cache_gib)
         self.shares = token_shares(mixture, config)
         state = self._adapted(state) if state else self._beginning()
-        self.num_packs, self.counts = state["pack"], dict(state["counts"])
+        self.num_packs, self.counts = state["pack"], dict.fromkeys(COUNTS, 0) | state["counts"]
         entries = [state["sources"][source.name] for source in sources]
         self.passes = [entry["pass"] for entry in entries]
         self.cursors = [
@@ -191,8 +194,8 @@ class Lane:
         source, num_tokens = self.sources[number], self.mixture[self.sources[number].name].mean_tokens
         try:
             key, members, place = next(self.cursors[number])
-            encoded, action = self._encode(key, members, place)
-            self._count(action, key, place)
+            encoded, changes = self._encode(key, members, place)
+            self._count(changes, key, place)
             num_tokens = sum(sample.num_tokens for sample in encoded) or num_tokens
             self.waiting += encoded
         except StopIteration:
@@ -202,23 +205,25 @@ class Lane:
             self._count_error(error)
         self.passes[number] += round(num_tokens / self.shares[number])
 
-    def _encode(self, key: str, members: Members, place: Coordinates) -> tuple[list[EncodedSample], str | None]:
+    def _encode(self, key: str, members: Members, place: Coordinates) -> tuple[list[EncodedSample], list[Change]]:
         source, config = self.sources[place.source], self.config
-        try:
+        with reading_sample(source.name, source.urls[place.shard], key):
             sample = formats.parse(key, members, source.config, place, self.seed)
-            return encode_within(sample, self.encoder, config.sample_tokens, config.over_long)
-        except DataError as error:
-            error.source, error.shard, error.key = source.name, source.urls[place.shard], key
-            raise
+            encoded, action = encode_within(sample, self.encoder, config.sample_tokens, config.over_long)
+        changes = [] if action is None else [("over-long sample", action)]
+        for image in sample.images.values():
+            if image.dtype == np.uint8 and (loss := self.encoder.image_tokenizer.loss_of(image)):
+                changes.append((f"image of {image.shape[1]} x {image.shape[0]} pixels", loss))
+        return encoded, changes
 
-    def _count(self, action: str | None, key: str, place: Coordinates) -> None:
-        if action:
+    def _count(self, changes: list[Change], key: str, place: Coordinates) -> None:
+        for what, action in changes:
             self.counts[action] += 1
             # the first, second, fourth, eighth, …
             if self.counts[action].bit_count() == 1:
                 source = self.sources[place.source]
                 where = f"source {source.name}, shard {source.urls[place.shard]}, sample {key}"
-                log.warning("lane %d, over-long sample %s (%d so far): %s", self.number, action, self.counts[action], where)
+                log.warning("lane %d, %s %s (%d so far): %s", self.number, what, action, self.counts[action], where)
 
     def _count_error(self, error: DataError) -> None:
         self.counts["errors"] += 1
@@ -264,7 +269,7 @@ class Lane:
     def _encode_again(self, key: str, members: Members, place: Coordinates, before: Pieces) -> list[EncodedSample]:
         """The waiting pieces of a sample as the settings now are."""
         try:
-            encoded, action = self._encode(key, members, place)
+            encoded, changes = self._encode(key, members, place)
         except DataError as error:
             self._count_error(error)
             return []
@@ -274,9 +279,9 @@ class Lane:
         num_pieces = next(iter(before.values()))
         if num_pieces and num_pieces[0] == len(before):
             # no piece of it has been in a pack: as good as new
-            self._count(action, key, place)
+            self._count(changes, key, place)
             return encoded
-        self._count("skipped", key, place)
+        self._count([("over-long sample", "skipped")], key, place)
         return []
 
 

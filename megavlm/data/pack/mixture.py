@@ -1,6 +1,7 @@
 """What the mixture is like: sampled layouts of every source, and what follows from them, shares and target costs."""
 
 import logging
+from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
@@ -12,6 +13,7 @@ from megavlm.data.pack.pack import Costing
 from megavlm.data.pack.sources import Source
 from megavlm.data.read import formats
 from megavlm.data.read.index import read_index
+from megavlm.data.read.place import reading_sample
 from megavlm.data.read.sample import Coordinates
 from megavlm.data.read.shards import read_shard
 from megavlm.data.read.urls import Opener
@@ -46,17 +48,16 @@ def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig,
     # some of shards spread over the source; where they are too short for that, more of them
     spread = np.linspace(0, len(source.urls) - 1, NUM_SAMPLED_SHARDS).round().astype(int).tolist()
     shards = list(dict.fromkeys([*spread, *range(len(source.urls))]))
+    per_shard = -(-num_samples // min(len(shards), NUM_SAMPLED_SHARDS))
     for shard in shards:
-        reading = read_shard(source.urls[shard], source.name, open_url)
-        for index, (key, members) in enumerate(islice(reading, -(-num_samples // min(len(shards), NUM_SAMPLED_SHARDS)))):
-            place = Coordinates(number, 0, shard, index)
-            try:
-                sample = formats.parse(key, members, source.config, place, encoder.seed)
-                layouts = [piece.layout for piece in encode_within(sample, encoder, config.sample_tokens, config.over_long)[0]]
-            except DataError:
-                continue  # counted and reported when a lane comes to it
-            for layout in layouts:
+        try:
+            for layout in _layouts(number, source, shard, per_shard, encoder, config, open_url):
                 counted[layout] = counted.get(layout, 0) + 1
+        except DataError as error:
+            if not config.max_errors:
+                raise
+            # counted when a lane comes to it
+            log.warning("looking at source %s: %s", source.name, error)
         if sum(counted.values()) >= num_samples:
             break
     if not counted:
@@ -67,6 +68,26 @@ def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig,
             source.urls[shards[0]],
         )
     return SourceMixture(num_samples=size, layouts=[(count, layout) for layout, count in sorted(counted.items())])
+
+
+def _layouts(
+    number: int, source: Source, shard: int, num_samples: int, encoder: Encoder, config: DataConfig, open_url: Opener
+) -> Iterator[Layout]:
+    """The layouts of the first samples of a shard; bad samples are counted and reported when a lane comes to them.
+
+    Raises:
+        DataError: If the shard is broken.
+    """
+    url = source.urls[shard]
+    for index, (key, members) in enumerate(islice(read_shard(url, source.name, open_url), num_samples)):
+        place = Coordinates(number, 0, shard, index)
+        try:
+            with reading_sample(source.name, url, key):
+                sample = formats.parse(key, members, source.config, place, encoder.seed)
+                pieces = encode_within(sample, encoder, config.sample_tokens, config.over_long)[0]
+        except DataError:
+            continue
+        yield from (piece.layout for piece in pieces)
 
 
 def token_shares(mixture: Mixture, config: DataConfig) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from megavlm.data.read.shards import read_shard
 from megavlm.data.read.urls import is_local, local_path
@@ -19,7 +20,7 @@ class ShardIndex(Settings):
     format: int = 1
     bytes: int
     """Size of the shard; an index of another size is out of date."""
-    samples: int
+    samples: Annotated[int, Field(ge=0)]
     """Number of its samples."""
 
 
@@ -37,6 +38,6 @@ def read_index(url: str) -> ShardIndex | None:
     path = Path(local_path(url))
     try:
         index = ShardIndex.model_validate(json.loads(path.with_name(path.name + SUFFIX).read_text()))
-    except (OSError, ValueError, ValidationError):
+    except (OSError, ValueError, RecursionError, ValidationError):
         return None
     return index if path.is_file() and index.bytes == path.stat().st_size else None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from megavlm.data.read import formats
+from megavlm.data.read.place import reading_sample
 from megavlm.data.read.sample import Coordinates, Sample
 from megavlm.data.read.shards import read_shard
 from megavlm.data.read.urls import Opener
@@ -43,12 +44,13 @@ def read_samples(urls: list[str], source, report: Report, open_url=Opener()) -> 
                     report.problems.append(DataError(what, "give every sample a key of its own", "", url, key))
                 keys.add(key)
                 try:
-                    yield formats.parse(key, members, source, Coordinates(0, 0, shard, index), 0)
+                    with reading_sample("", url, key):
+                        sample = formats.parse(key, members, source, Coordinates(0, 0, shard, index), 0)
                 except DataError as error:
-                    error.shard, error.key = url, key
                     report.problems.append(error)
+                    continue
+                yield sample
         except DataError as error:
-            error.shard = url
             report.problems.append(error)
 
 
@@ -65,8 +67,8 @@ def lint(urls: list[str], source, check: Callable[[Sample], object] = lambda sam
         warnings.simplefilter("ignore")
         for sample in read_samples(urls, source, report):
             try:
-                check(sample)
+                with reading_sample("", urls[sample.coordinates.shard], sample.key):
+                    check(sample)
             except DataError as error:
-                error.shard, error.key = urls[sample.coordinates.shard], sample.key
                 report.problems.append(error)
     return report
