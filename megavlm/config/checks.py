@@ -11,7 +11,7 @@ from megavlm.routing.tasks import TASKS
 MOST_CHUNKS = 1024
 """Calls of the output head per pack."""
 SMALLEST_SHARE = 1e-9
-"""Of a source: one with less would never come up."""
+"""Least share of a source; one with less would never be drawn."""
 
 
 def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:

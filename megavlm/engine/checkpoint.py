@@ -56,7 +56,7 @@ class Saved:
     seconds: float
     """From the call to the rename."""
     num_bytes: int
-    """Of all files."""
+    """Bytes of all files."""
 
 
 class DoesNotFit(MegavlmError):
@@ -128,7 +128,7 @@ class Checkpointer:
             lanes: State of each of this rank's data lanes.
             shared: What else must be there when the run goes on; rank 0's is kept.
             metrics: TensorBoard tag → value, for the retention rule; rank 0's are kept.
-            of_rank: Of each rank; comes back as the list ``ranks``.
+            of_rank: What each rank adds; comes back as the list ``ranks``.
 
         Returns:
             Seconds that training waited, the end of the save before this one included.

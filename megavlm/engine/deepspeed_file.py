@@ -38,7 +38,7 @@ def read_deepspeed_file(name: str) -> dict[str, Any]:
     """The document, complete but for what the recipe adds.
 
     Args:
-        name: Of a file in `ds_configs/`, or a path.
+        name: Name of a file in `ds_configs/`, or a path.
 
     Raises:
         ConfigError: With all that is wrong with it.

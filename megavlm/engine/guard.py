@@ -74,7 +74,7 @@ class Guard:
         """Announce a step.
 
         Args:
-            loss: Of the whole step, the same on all ranks; 0-dimensional.
+            loss: Loss of the whole step, the same on all ranks; 0-dimensional.
             norm_of: Gives the gradient norm, once DeepSpeed has computed it; the same on all ranks.
         """
         self._loss, self._norm_of, self._found_inf = loss, norm_of, None

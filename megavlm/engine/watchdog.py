@@ -115,7 +115,7 @@ class Watchdog:
 
     @property
     def slowest_step_s(self) -> float:
-        """Of the last 32."""
+        """The slowest of the last 32 steps."""
         return max(self._durations_s, default=0.0)
 
     def stop(self) -> None:

@@ -53,7 +53,7 @@ class TrainedModel:
     device: torch.device
     config: EvaluationConfig
     seed: int
-    """The run's."""
+    """The run's seed."""
 
     @property
     def image_tokenizer(self) -> ImageTokenizer:

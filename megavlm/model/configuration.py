@@ -143,5 +143,5 @@ def _as_transformers_reads(fields: dict[str, Any]) -> tuple[PreTrainedConfig, Pr
 
 
 def _says_nothing(name: str) -> bool:
-    """Of layers, or of what the run does not replace."""
+    """Whether a field says nothing about the layers, or the run replaces it."""
     return name in REPLACED + ABOUT_THE_FILE or str(name).startswith("_")

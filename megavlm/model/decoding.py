@@ -29,7 +29,7 @@ class Decoder:
         model: A `Backbone`, or a DeepSpeed engine around one.
         samples: Whole sequences; tokens from ``prompt_lengths`` on are placeholders.
         prompt_lengths: Tokens given of each sequence, at least one; they may end anywhere, inside an image too.
-        costing: Of the routing plan to follow.
+        costing: Costing of the routing plan to follow.
         device: Where the model is.
         num_more: Text tokens to make room for after the sequences; text is active in every layer.
 
@@ -58,7 +58,7 @@ class Decoder:
         self.capacity = max(pack.sequences.lengths) + num_more
         self.caches: dict[int, LayerCache] = {}
         self.gates: dict[tuple[int, int], _GateCounts] = {}
-        """Of the gates of a stage for a task."""
+        """Counts of the gates of a stage for a task."""
 
     def start(self) -> torch.Tensor:
         """Read the prompts; logits ``[B, V]`` of the token after each, in float32 or wider."""
@@ -162,8 +162,8 @@ class _GateCounts:
     """Runs the quota of `megavlm.routing.gates.causal_quota` token by token.
 
     Args:
-        choice: Of the gate.
-        route: Of the whole sequences.
+        choice: Choice of the gate.
+        route: Route of the whole sequences.
         is_given_T: The tokens whose gates are counted when the prompts are read.
     """
 

@@ -85,7 +85,7 @@ def refusal(config: Any) -> str:
     """Why a configuration is not taken, in words that name its family; empty if it may be.
 
     Args:
-        config: Of `transformers`, for text.
+        config: Configuration of `transformers`, for text.
     """
     family = config.model_type
     if family not in EXACT:

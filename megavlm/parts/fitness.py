@@ -10,11 +10,11 @@ from megavlm.parts.parts import Parts
 from megavlm.system.memory import allow_open_files, check_memory, machine_bytes
 
 MOST_LANES = 2048
-"""Of one process: packs that it would run in one step."""
+"""Most lanes of one process; it runs as many packs in one step."""
 WEIGHTS_BYTES, TRAINING_BYTES = 4, 16
-"""Of a parameter: in the model as it is made, and its master copy, gradient and two moments, which the processes share."""
+"""Bytes of a parameter: in the model as it is made; and of its master copy, gradient and two moments, which the processes share."""
 TOKEN_BYTES, SAMPLE_BYTES = 32, 2048
-"""Of the look-ahead, roughly."""
+"""Rough bytes of the look-ahead, per token and per sample."""
 
 
 def check_lanes(config: RunConfig, world_size: int) -> None:

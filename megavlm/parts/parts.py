@@ -52,12 +52,12 @@ class Parts:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """Of prompts and held-out samples: no prompt is replaced."""
+        """Encoder of prompts and held-out samples: no prompt is replaced."""
         return self._encoder(0.0)
 
     @cached_property
     def training_encoder(self) -> Encoder:
-        """Of the training samples: some prompts become ``<unconditional>``."""
+        """Encoder of the training samples: some prompts become ``<unconditional>``."""
         return self._encoder(self.config.data.unconditional_ratio)
 
     @cached_property
@@ -71,7 +71,7 @@ class Parts:
 
     @cached_property
     def model_configuration(self) -> PreTrainedConfig:
-        """Of `transformers`, with the run's own vocabulary."""
+        """Configuration of `transformers`, with the run's own vocabulary."""
         return read_configuration(self.config.model.architecture, self.vocabulary.size)
 
     @cached_property
@@ -86,12 +86,12 @@ class Parts:
 
     @cached_property
     def costing(self) -> Costing:
-        """Of training packs."""
+        """Costing of training packs."""
         return Costing(self.plan, self.shape)
 
     @cached_property
     def inference_costing(self) -> Costing:
-        """Of the route that ``evaluation.route`` asks for: dense, or the run's policies in full."""
+        """Costing of the route that ``evaluation.route`` names: dense, or the run's policies in full."""
         routing, always = self.config.routing, Schedule(1, 0.0, 0.0)
         is_dense = self.config.evaluation.route == "dense"
         policies = (Dense(), Dense()) if is_dense else (routing.understanding, routing.generation)
@@ -99,7 +99,7 @@ class Parts:
 
     @property
     def mixture(self) -> Mixture:
-        """Of a configuration that is resolved."""
+        """The mixture of a resolved configuration."""
         if self.config.data.mixture is None:
             raise TypeError("the configuration is not resolved: call with_mixture")
         return self.config.data.mixture

@@ -19,7 +19,7 @@ def load_run_config(folder: RunFolder, overrides: dict[str, Any] | None = None) 
     """The configuration of a run, with its own copy of the text model.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         overrides: Settings to change, as on the command line.
     """
     if not os.path.lexists(folder.config_file):

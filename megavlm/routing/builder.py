@@ -19,7 +19,7 @@ def build_route(plan: RoutingPlan, layout: PackLayout, strength: float, rng: np.
     Args:
         plan: The run's policies.
         layout: The pack's sequences and spans.
-        strength: Of the schedule: 0 is dense, 1 the policies in full.
+        strength: Strength of the schedule: 0 is dense, 1 is the policies in full.
         rng: The pack's own random stream.
     """
     return _RouteBuilder(plan, layout, strength, rng).build()

@@ -11,7 +11,7 @@ class Injector(nn.Module):
         width: D.
         num_kv_heads: Key/value heads.
         head_width: d.
-        eps: Of the norm.
+        eps: Epsilon of the norm.
     """
 
     def __init__(self, width: int, num_kv_heads: int, head_width: int, eps: float = 1e-6):

@@ -76,7 +76,7 @@ class RoutingPlan:
         understanding: Policy for image spans without a loss.
         generation: Policy for image spans with a loss.
         num_layers: Layers of the backbone.
-        schedule: Of the shares over the run.
+        schedule: Schedule of the shares over the run.
 
     Raises:
         ConfigError: If a policy does not fit the model or the task.

@@ -27,7 +27,8 @@ def check_memory(needed_bytes: float, available_bytes: int, what: str, remedy: s
     """
     if needed_bytes > available_bytes:
         raise ConfigError(
-            f"{what} needs {needed_bytes / 2**30:,.1f} GiB of memory, of {available_bytes / 2**30:,.1f} GiB that there are\n  do:    {remedy}"
+            f"{what} needs {needed_bytes / 2**30:,.1f} GiB of memory, of {available_bytes / 2**30:,.1f} GiB that there are\n"
+            f"  do:    {remedy}"
         )
 
 

@@ -23,7 +23,7 @@ MOST_IMAGES = 500
 """A grid shows no more: its layout takes a second per hundred, and a PNG has a limit."""
 LONGEST_TEXT = 2000
 CAPTION_WIDTH, CAPTION_LINES = 22, 5
-"""Of one image: characters and lines."""
+"""Characters and lines of one image's caption."""
 
 
 def plain(text: str, width: int = 80, lines: int = 3) -> str:

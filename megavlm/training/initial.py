@@ -19,15 +19,15 @@ NEW_ROW_NOISE = 0.1
 
 
 def load_initial_weights(source: str, causal_lm: nn.Module, vocabulary: Vocabulary) -> None:
-    """Copy weights into a model; nothing else is taken over.
+    """Copy weights into a model, and nothing else.
 
     The embedding and head of a pretrained model grow by the special tokens and image codes, if the text tokenizer is its own.
 
     Args:
         source: A run folder (its newest intact checkpoint), a checkpoint, a folder that `megavlm export` wrote, or that of a
             pretrained model of `transformers`, as safetensors.
-        causal_lm: Of the same architecture.
-        vocabulary: Of the run.
+        causal_lm: Model of the same architecture.
+        vocabulary: Vocabulary of the run.
 
     Raises:
         ConfigError: If there are no weights, or they do not fit.

@@ -1,4 +1,4 @@
-"""What may watch training without the trainer knowing it: instruments, drawings, validation.
+"""The protocol of those who watch training without the trainer knowing them: instruments, drawings, validation.
 
 An observer is handed to the `Trainer` and called by all ranks together. It must not change what is trained. It calls the same
 collectives on every rank; what one rank does alone, such as writing, it does in `megavlm.system.harmless`.
@@ -40,7 +40,7 @@ class StepView:
     number: int
     """Counted from 0."""
     packs: list[Pack]
-    """Of this rank, on the host."""
+    """Packs of this rank, on the host."""
     factor_G: torch.Tensor
     """What each of the sums that the backbone gives is multiplied by."""
     labels_t: torch.Tensor
@@ -66,7 +66,7 @@ class Observer:
 
         Args:
             step: Counted from 0.
-            number: Of the pack among this rank's in the step.
+            number: Number of the pack among this rank's packs in the step.
             pack: On the host.
         """
         return nullcontext()

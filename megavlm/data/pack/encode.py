@@ -132,7 +132,7 @@ class Encoder:
         vocabulary: The id space.
         image_tokenizer: Turns images into codes.
         unconditional_ratio: Share of generation samples whose text without a loss becomes ``<unconditional>``.
-        seed: Of that choice, which depends on the sample's coordinates only.
+        seed: Seed of that choice, which depends on the sample's coordinates only.
     """
 
     def __init__(

@@ -10,9 +10,9 @@ import braceexpand
 from webdataset.gopen import gopen_schemes
 
 KINDS = {"", "file", *(kind for kind in gopen_schemes if kind.isalpha())}
-"""Of URLs; the empty one is a path."""
+"""Kinds of URLs; the empty one is a path."""
 MOST_SHARDS = 1_000_000
-"""Of one source; a pattern that gives more is a mistake."""
+"""Most shards of one source; a pattern that gives more is a mistake."""
 LONGEST_PATTERN = 10_000
 
 

@@ -76,7 +76,7 @@ class Situation:
         mixture: Layouts per source; lanes draw from them with replacement.
         costing: The route and the model's shape.
         config: How packs are built.
-        seed: Of the streams.
+        seed: Seed of the streams.
         at_step: The step of the run whose route is taken.
     """
 
