@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What the attention watch costs: time of a training step with it, over that of the same step without.
+"""The cost of watching attention: time of a watched training step over that of a plain one.
 
     python tools/bench_attention_watch.py --out docs/results/attention_watch.json
     torchrun --standalone --nproc-per-node 8 tools/bench_attention_watch.py --width=2048 --layers=16 --pack_tokens=8192     # GPUs
 
-Real training steps (the digits, scaled up to the grid; forward, backward, optimizer) of one ZeRO-3 engine, watched and not in turn, so that
-whatever else the machine does hits both alike. A watched step looks at the first pack of each rank, as `monitor.attention_every_steps` has
-it. The ratio is the median over pairs of neighbouring steps; the share at every n steps is (ratio - 1) / n.
+Real training steps of one ZeRO-3 engine (the digits, scaled up to the grid; forward, backward, optimizer), watched and plain in turn, so
+that other work of the machine hits both alike. A watched step looks at the first pack of each rank, as `monitor.attention_every_steps`
+does. The ratio is the median over pairs of neighbouring steps; the share at every n steps is (ratio - 1) / n.
 """
 
 import json

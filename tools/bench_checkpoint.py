@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 tools/bench_checkpoint.py --out docs/results/checkpoint_stall.json
 
-All three in one run, on the same state, into the same folder. Background saves happen while steps are taken; the
-steps that run beside a save are compared with those that do not.
+All three run in one call, on the same state, into the same folder. Background saves run while steps are taken; steps
+beside a save are compared with steps without one.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What compressed image tokens cost and save: runs that differ in nothing but the image tokenizer, side by side.
+"""What compressed image tokens cost and save: runs side by side that differ only in the image tokenizer.
 
     python tools/bench_compress.py runs/compress/{dense,4x,16x} --raw data/compress/generation-seen-0000.tar --out docs/results/compress
 
-The runs must be trained and evaluated (`tools/compress.sh` does both); the first is what the others are compared with. Measured here, in
-one process, all runs in turn: FLOPs of a training step by formula, and its time (forward and backward pass, without the optimizer);
-seconds to draw an image, codes and pixels apart; what is left of raw images. Taken over: the run's evaluation.json, the plug-in's
-metrics.json. Writes OUT.json and OUT.png.
+The runs must be trained and evaluated (`tools/compress.sh` does both); the others are compared with the first. The script measures, in one
+process, all runs in turn: FLOPs of a training step by formula, and its time (forward and backward pass, without the optimizer); seconds to
+draw an image, codes and pixels apart; quality of restored raw images. It copies the run's evaluation.json and the plug-in's metrics.json.
+Writes OUT.json and OUT.png.
 """
 
 import json

@@ -8,9 +8,9 @@ of WebDataset, in one process on one core:
 
     decoded      ``WebDataset(…).shuffle(1000).decode()``: json and npy become objects; nothing is checked, no text is tokenized
     tokenized    the same, then every sample becomes one array of ids
-    batched      the same with a mask of what has a loss and ``batched(8)``: padded tensors, which is what a step can train on
+    batched      the same with a mask of the losses and ``batched(8)``: padded tensors, ready for a step
 
-None of them packs, routes, checks what it reads, or can resume.
+None of them packs, routes, checks its input, or can resume.
 """
 
 import argparse

@@ -3,10 +3,10 @@
 
     python tools/bench_resume.py --out docs/data/resume.json
 
-Writes a corpus of small shards with samples of 64 image codes and text, runs one lane over it to step 10,000 (some minutes), and from then on
-makes the lane again from states of both times, in turns, several times. A lane re-reads the samples that waited in its look-ahead and the heads
-of its current shards, however far it has come. How long those heads are changes from step to step; so states are taken over 60 steps, in
-which a lane goes through about one shard of each source.
+Writes a corpus of small shards with samples of 64 image codes and text, and runs one lane over it to step 10,000 (some minutes). Then it
+makes the lane again from states of both times, in turns, several times. A lane reads the samples of its look-ahead and the heads of its
+current shards again, however far it has come. The length of these heads changes from step to step. So states are taken over 60 steps, in
+which a lane reads about one shard of each source.
 """
 
 import io

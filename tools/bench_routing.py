@@ -1,17 +1,16 @@
 #!/usr/bin/env python
-"""How much of the saved FLOPs becomes saved time, for every routing policy, against the ways a user would do it otherwise.
+"""How much of the saved FLOPs becomes saved time: every routing policy, next to what a user would use instead.
 
     python tools/bench_routing.py --out docs/results/bench_routing            # about 11 minutes on 2 CPU cores
     python tools/bench_routing.py --width=2048 --num_layers=16 --out docs/results/bench_routing_cuda     # on a GPU
 
-Forward and backward passes of one packed micro-batch, dense and routed in turn, in one process. For each policy: the share of
-FLOPs that is left in theory (`megavlm.costs`), the share of time that is left, forward and backward apart, and the *realised saving*:
-saved time over saved FLOPs. Memory is what the forward pass saves for the backward pass (on CUDA: the peak). Writes OUT.json and OUT.png.
+Forward and backward passes of one packed micro-batch, dense and routed in turn, in one process. For each policy: FLOPs as a
+share of dense by formula (`megavlm.costs`), time as a share of dense, forward and backward apart, and the *realised saving*: saved time
+over saved FLOPs. Memory is what the forward pass keeps for the backward pass (on CUDA: the peak). Writes OUT.json and OUT.png.
 
-Peers in the same run, with the layers' subsets of `random_ltd`: **masked**, tokens masked as keys instead of removed, as a first
-implementation would have it; **DeepSpeed random-LTD**, its own layer wrapper around the same decoder layers on a padded batch (on a
-CPU its three CUDA kernels are replaced by torch indexing of the same meaning; it does not gather rotary tables, so its positions are
-those of a shorter sequence).
+Two peers run beside it, with the subsets of `random_ltd` in each layer. **masked**: tokens are masked as keys instead of removed, as in a first
+implementation. **DeepSpeed random-LTD**: its own layer wrapper around the same decoder layers, on a padded batch. On a CPU its three CUDA
+kernels are replaced by torch indexing of the same meaning. It does not gather rotary tables, so its positions are those of a shorter sequence.
 """
 
 import json

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What must hold of the source before the tests run: lint, format, types. Sets up everything.
+# Checks of the source before the tests run: lint, format, types. Sets up everything.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Share of FLOPs and of time that a run's route needs, against the same packs without a route.
+"""FLOPs and time of a run's route, as shares of the same packs without a route.
 
     python tools/compare_with_dense.py runs/digits [--num_packs=8] [--repeats=5]
 
-Forward and backward pass of the same packs, routed and dense in turn, in this one process; the optimizer step, which a route does not
-change, is left out. Time is the median over repeats of the sum over packs. Writes RUN/speed.json.
+Forward and backward pass of the same packs, routed and dense in turn, in one process. The optimizer step is left out, because a
+route does not change it. Time is the median over repeats of the sum over packs. Writes RUN/speed.json.
 """
 
 import json

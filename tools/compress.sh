@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# UniCompress trained and judged on shapes, from nothing: data, image tokenizer, codes, a plug-in for 4 and one for 16 times fewer tokens, the same
-# small model on dense, 4x and 16x codes, its judgement, and a figure. Running it again goes on where it stopped. One core; see docs/compress.md.
-# Arguments are settings of the three trainings (first remove runs/compress, if they are done):  bash tools/compress.sh --optimizer.num_steps=4000
+# Train and judge UniCompress on shapes, from scratch: data, image tokenizer, codes, a plug-in for 4 and one for 16 times fewer tokens, the same small
+# model on dense, 4x and 16x codes, its evaluation, and a figure. A second start resumes. One core; see docs/compress.md.
+# Arguments are settings of the three trainings (remove runs/compress first if they are done):  bash tools/compress.sh --optimizer.num_steps=4000
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh

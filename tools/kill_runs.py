@@ -3,9 +3,9 @@
     python tools/kill_runs.py --kills 50 --out docs/results/kill_runs.json
 
 Checkpoints are written in the background every second step, so that nearly every kill hits a save. Sometimes all
-processes are killed at once, sometimes one of them. After every kill: what was reported complete is complete and
-intact, nothing that looks complete is damaged, and the next start goes on from the newest. At the end the run is
-finished, and has trained on exactly the samples of a run that nobody touched, in the same order.
+processes are killed at once, sometimes one of them. After every kill the script checks: checkpoints that were
+reported complete are complete and intact, none that looks complete is damaged, and the next start resumes from the newest. At the end the
+run is finished, and has trained on exactly the samples of an undisturbed run, in the same order.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole way once: install, write real handwritten digits as shards, train one model to read and draw them, judge it.
-# About 10 minutes on 2 CPU cores after the installation. Running it again goes on where it stopped.
+# Install, write real handwritten digits as shards, train one model to read and draw them, judge it.
+# About 10 minutes on 2 CPU cores after the installation. A second start resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh

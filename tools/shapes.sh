@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The benchmark `shapes` from nothing: scenes as shards, an image tokenizer trained on them, codes, one model for both tasks, its judgement.
-# Running it again goes on where it stopped. Arguments are settings of the recipe:  bash tools/shapes.sh --optimizer.num_steps=4000
+# The benchmark `shapes` from scratch: scenes as shards, an image tokenizer trained on them, codes, one model for both tasks, its evaluation.
+# A second start resumes. Arguments are settings of the recipe:  bash tools/shapes.sh --optimizer.num_steps=4000
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
