@@ -3,12 +3,12 @@ NODE_FAILURE_WAIT_S=@{node_failure_wait_s}
 
 # What the run writes, from a machine that sees this folder:
 #   tensorboard --logdir "$RUN/tensorboard"       then open http://localhost:6006
-# and from your own:
-#   ssh -L 6006:localhost:6006 LOGIN-NODE         with the line above typed there
+# and from your own machine:
+#   ssh -L 6006:localhost:6006 LOGIN-NODE         then type the line above there
 # How it stands:  megavlm status "$RUN"     Save now:  touch "$RUN/save"     Save and end:  touch "$RUN/stop"
 
 set -uo pipefail
-# the shell outlives a SIGTERM: the processes of the run save, and then it decides below
+# the shell survives a SIGTERM: the processes of the run save, and the shell decides below
 terminated=
 trap terminated=yes TERM
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -27,7 +27,7 @@ STARTED=$RUN/slurm/environment-$SLURM_JOB_ID-$restarts.txt
 } >"$STARTED" 2>&1
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# below the ephemeral ports; another one after a restart, for something of the old start may live on
+# below the ephemeral ports; another one after each restart, because processes of the old start may still hold theirs
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + restarts) % 12000))
 export MASTER_ADDR MASTER_PORT
 # the run saves in time by itself, whatever --signal says; empty if there is no limit
@@ -45,7 +45,7 @@ srun_pid=$!
 while kill -0 $srun_pid 2>/dev/null; do wait $srun_pid; done
 wait $srun_pid
 code=$?
-# the run's own word counts more than srun's: that is the status of whichever process it had to kill
+# the run's own status counts first: srun's is that of whichever process it had to kill
 [ -s "$RUN/exit_code" ] && code=$(cat "$RUN/exit_code")
 echo "$(date '+%F %T') the run ended with status $code"
 
@@ -60,18 +60,18 @@ requeue() {
         echo "not requeued: restarted $restarts times already"
         exit 1
     fi
-    # a start that does not get as far as a new checkpoint, three times over, never will
+    # three starts in a row without a new checkpoint: a fourth would not get there either
     newest=$(cd "$RUN/checkpoints" 2>/dev/null && ls -d step-* 2>/dev/null | tail -n 1)
     echo "${newest:-none}" >>"$RUN/slurm/newest-$JOB.txt"
     if [ "$(tail -n 4 "$RUN/slurm/newest-$JOB.txt" | sort | uniq -c | awk '{print $1; exit}')" = 4 ]; then
         echo "not requeued: three restarts without a new checkpoint"
         exit 1
     fi
-    # from here on a SIGTERM is the requeueing itself
+    # from here on a SIGTERM comes from the requeueing itself
     trap 'exit 0' TERM
     for _ in {1..60}; do
         if scontrol requeue "$JOB"; then pause 600; fi
-        # the controller may be away for a moment
+        # the controller may be unavailable for a moment
         pause 5
     done
     echo "could not be requeued"
@@ -82,9 +82,9 @@ preempted() { scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }
 
 case $code in
     0) exit 0 ;;
-    # hung, or interrupted with a checkpoint: go on later
+    # hung, or interrupted with a checkpoint: resume later
     74 | 75) requeue ;;
-    # told to stop with a checkpoint: by somebody, or by SLURM in order to go on later
+    # told to stop, with a checkpoint: by a person, or by SLURM before a requeue
     76)
         preempted && requeue
         exit 0

@@ -8,9 +8,10 @@ Forward and backward passes of one packed micro-batch, dense and routed in turn,
 share of dense by formula (`megavlm.costs`), time as a share of dense, forward and backward apart, and the *realised saving*: saved time
 over saved FLOPs. Memory is what the forward pass keeps for the backward pass (on CUDA: the peak). Writes OUT.json and OUT.png.
 
-Two peers run beside it, with the subsets of `random_ltd` in each layer. **masked**: tokens are masked as keys instead of removed, as in a first
-implementation. **DeepSpeed random-LTD**: its own layer wrapper around the same decoder layers, on a padded batch. On a CPU its three CUDA
-kernels are replaced by torch indexing of the same meaning. It does not gather rotary tables, so its positions are those of a shorter sequence.
+Two peers run beside it, with the subsets of `random_ltd` in each layer. **masked**: tokens are masked as keys instead of removed, as in a
+first implementation. **DeepSpeed random-LTD**: its own layer wrapper around the same decoder layers, on a padded batch. On a CPU its three
+CUDA kernels are replaced by torch indexing of the same meaning. It does not gather rotary tables, so its positions are those of a shorter
+sequence.
 """
 
 import json
