@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megavlm.config import RunConfig, load_config, run_dir_of
 from megavlm.engine import signals
 from megavlm.errors import LostProcess, MegavlmError
-from megavlm.runs.exits import Exit, LastWord, RunEnded
+from megavlm.runs.exits import Exit, LastWord, NotSaved, RunEnded
 from megavlm.system.files import DamagedFile, read_json, write_atomically
 from megavlm.system.harmless import harmless
 
@@ -67,6 +67,9 @@ def train(recipe: str, overrides: dict[str, Any]) -> None:
     except LostProcess as error:
         log.error(error)
         _leave_and_end(last_word, Exit.LOST)
+    except NotSaved as error:
+        log.error(error)
+        _leave_and_end(last_word, 1)
     except MegavlmError:
         last_word.leave(Exit.MISTAKE)
         raise

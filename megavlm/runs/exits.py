@@ -46,6 +46,17 @@ class RunEnded(Exception):
         super().__init__(reason)
 
 
+class NotSaved(OSError):
+    """The last checkpoint of a run is missing: the run has not ended well.
+
+    Args:
+        why: What became of it.
+    """
+
+    def __init__(self, why: str):
+        super().__init__(f"the last checkpoint could not be written: {why}\n  do:    make room, and start the run again: it resumes")
+
+
 class LastWord:
     """How the last start of a run ended: in RUN/exit_code, and in the file that MEGAVLM_EXIT_FILE names. Not there while it runs.
 

@@ -15,7 +15,7 @@ from megavlm.errors import MegavlmError
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import complete_checkpoints, step_of
 from megavlm.study.spec import Arm
-from megavlm.system.files import DamagedFile, read_json
+from megavlm.system.files import read_json
 from megavlm.system.world import without_place
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ def is_judged(arm: Arm) -> bool:
         return False
     try:
         return step_of(Path(read_json(file)["checkpoint"])) >= arm.config.optimizer.num_steps
-    except DamagedFile as error:
-        log.warning("%s: the arm is judged again", error.what)
+    except (MegavlmError, KeyError) as error:
+        log.warning("%s is damaged, and the arm is judged again: %s", file, error)
         return False
 
 

@@ -41,7 +41,7 @@ from megavlm.parts.parts import Parts
 from megavlm.parts.resolve import keep
 from megavlm.randomness import Purpose, integer_seed
 from megavlm.routing.tasks import TASKS
-from megavlm.runs.exits import Exit, LastWord, RunEnded
+from megavlm.runs.exits import Exit, LastWord, NotSaved, RunEnded
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import checkpoints_in, folder_name
 from megavlm.runs.status import write_status
@@ -130,6 +130,11 @@ class Trainer:
         config, state = self.parts.config, self.checkpointer.restore_newest(self.engine)
         if state is None:
             return
+        if len(state["lanes"]) != config.data.num_lanes:  # config.yaml would have said so, had it not been lost
+            raise ConfigError(
+                f"data.num_lanes: the checkpoint of step {state['step']} has {len(state['lanes'])} lanes, not {config.data.num_lanes}\n"
+                "  do:    give the number that the run began with, or another run_dir"
+            )
         # the lanes do the same, but in workers, and too late to leave config.yaml as it was
         adapt_state(state["lanes"]["0"], self.parts.sources, config.data.when_sources_change)
         self.step = state["step"]
@@ -261,7 +266,7 @@ class Trainer:
         saved = self.checkpointer.close()
         self._close()
         if saved and saved.error and code == Exit.STOPPED:  # who interrupts starts again, from the newest complete one
-            raise OSError(f"the last checkpoint could not be written: {saved.error}")
+            raise NotSaved(saved.error)
         if not self.step:
             what = "no step is complete, so there is nothing to save"
         elif saved and saved.error:
@@ -277,7 +282,7 @@ class Trainer:
     def _finish(self) -> None:
         saved = self.checkpointer.close()
         if saved and saved.error:
-            raise OSError(f"the last checkpoint could not be written: {saved.error}")
+            raise NotSaved(saved.error)
         self._write_status("done")
         self._close()
 

@@ -14,7 +14,7 @@ from tests.system.full_disk import fill
 
 
 def train_through_a_full_disk(world, config, disk: str | None) -> dict:
-    """Train to the end, saving, reporting and drawing at every step; with a disk, it is really full during steps 3 to 5."""
+    """Train to the end, saving, reporting and drawing at every step; with a disk, it is really full during steps 3 and 4."""
     agreement.LOOK_EVERY_S = 0.0
     log = listen()
     trainer = launch.make_trainer(config, world)
@@ -30,7 +30,7 @@ def train_through_a_full_disk(world, config, disk: str | None) -> dict:
             launch._keep_environment(trainer.folder.environment, world.size)
             LastWord(config.run_dir).leave(1)
             trainer.guard.settle = _one_bad_step(trainer.guard.settle, step)
-        if disk and step == 5:
+        if disk and step == 4:
             seen["newest"] = complete_checkpoints(trainer.folder.checkpoints)[-1].name
             seen["filling"].unlink()
         return norm

@@ -69,7 +69,7 @@ def cases(whole, tmp_path, number: int, seed: int):
     """All single damages in random order, then pairs of them."""
     run, make, expected = whole
     chance = random.Random(seed)
-    names = [str(path.relative_to(run)) for path in sorted(run.rglob("*"))] + ["save", "stop"]
+    names = [str(path.relative_to(run)) for path in sorted(run.rglob("*"))] + ["save"]
     single = [[(kind, name)] for kind in KINDS for name in names if (run / name).exists() or kind in ("folder", "loop", "pipe")]
     chance.shuffle(single)
     pairs = ([(chance.choice(KINDS[:-1]), chance.choice(names)), chance.choice(single)[0]] for _ in range(number))
