@@ -10,6 +10,7 @@ from megavlm.config.mistakes import nearest_path
 from megavlm.errors import ConfigError
 from megavlm.routing.policies import POLICIES
 from megavlm.settings import Settings
+from tests.conftest import TINY
 
 
 def test_all_mistakes_are_reported_at_once_with_path_value_and_nearest_name(make_config):
@@ -150,3 +151,10 @@ def test_values_that_no_recipe_holds(tmp_path, text):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"mistake.*\n  .*\n  do:"):
         load_config(str(tmp_path / "r.yaml"))
+
+
+def test_overrides_are_left_as_they_were(make_config):
+    architecture = dict(TINY["model.architecture"])
+    overrides = {"model.architecture": architecture, "model.architecture.num_hidden_layers": 2}
+    assert make_config(overrides).model.architecture["num_hidden_layers"] == 2
+    assert architecture == TINY["model.architecture"]

@@ -4,6 +4,7 @@
 that was given and, for a name that does not exist, the nearest one that does.
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def load_config(recipe: str, overrides: dict[str, Any] | None = None) -> RunConf
     path = find_resource("recipes", str(recipe), ".yaml")
     tree = read_settings(path)
     for dotted, value in (overrides or {}).items():
-        _override(tree, dotted, read_value(dotted, value))
+        # a copy: later overrides may go into it
+        _override(tree, dotted, deepcopy(read_value(dotted, value)))
     if foreign := [f"  {where or 'recipe'}: {what}" for where, what in foreign_values(tree)]:
         raise ConfigError(message_of(path, foreign))
     _import_modules(tree, path)

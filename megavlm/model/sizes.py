@@ -73,6 +73,8 @@ def _problem(name: str, value: Any) -> str:
         return f"{name} is {value}; give a share below 1"
     if name == "initializer_range" and not 0 < value <= 10:
         return f"{name} is {value}; give a number above 0 and at most 10"
+    if name == "head_dim" and (value <= 0 or value % 2):
+        return f"{name} is {value}; give an even number: the rotary embedding turns pairs"
     if name in ("rope_theta", "factor", "max_position_embeddings", "sliding_window") and value <= 0:
         return f"{name} is {value}; give a number above 0"
     return ""

@@ -183,7 +183,7 @@ def mangled(text: str, rng: random.Random, number: int) -> Iterator[tuple[str, s
         elif kind == "swapped":
             changed[i], changed[j] = changed[j], changed[i]
         elif kind == "cut":
-            changed = changed[:i] + [changed[i][: rng.randrange(1 + len(changed[i]))]]
+            changed[i:] = [changed[i][: rng.randrange(1 + len(changed[i]))]]
         elif kind == "character":
             k = rng.randrange(1 + len(changed[i]))
             changed[i] = changed[i][:k] + rng.choice("\0\x07\t:#&*!|>'\"%@`{}[],?-\u2028\ufeffé\ud800") + changed[i][k:]
