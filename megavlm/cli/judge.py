@@ -52,7 +52,7 @@ class JudgeCommands:
 
         judge = _judge(run, "vqa", questions, batch_size, max_bad, overrides, template=template, max_tokens=max_tokens)
         second = Path(str(annotations)) if annotations else None
-        items = read_questions(judge.bad.file, second, str(image_name), str(template), judge.bad)
+        items = read_questions(judge.bad.file, second, str(image_name), str(template), bad=judge.bad)
         _show(judge.read(items, _folder(images, judge), max_tokens, VqaScore()))
 
     def yesno(
@@ -83,7 +83,7 @@ class JudgeCommands:
         from megavlm.evaluation.sets.yes_no import YesNoScore, read_yes_no
 
         judge = _judge(run, "yesno", questions, batch_size, max_bad, overrides, template=template, max_tokens=max_tokens)
-        items = read_yes_no(judge.bad.file, str(template), judge.bad)
+        items = read_yes_no(judge.bad.file, str(template), bad=judge.bad)
         _show(judge.read(items, _folder(images, judge), max_tokens, YesNoScore()))
 
     def captions(
@@ -222,7 +222,7 @@ def _judge(run, kind: str, file, batch_size: int, max_bad: int, overrides: dict,
     from megavlm.parts.trained import load_trained
 
     model, _ = load_trained(str(run), overrides)
-    return Judge(model, kind, BadEntries(Path(str(file)), max_bad), batch_size, settings)
+    return Judge(model, kind, BadEntries(Path(str(file)), max_bad), batch_size, options=settings)
 
 
 def _folder(images, judge) -> Path:

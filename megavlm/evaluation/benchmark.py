@@ -27,6 +27,7 @@ class Benchmark(Protocol):
 
     def judge(self, images_NHWC: np.ndarray) -> dict[str, Any]:
         """Judge the drawings of the requests, uint8 RGB images in the same order. Returns plain numbers, for JSON."""
+        ...
 
 
 def find_benchmark(name: str) -> type[Benchmark]:

@@ -23,35 +23,35 @@ log = logging.getLogger(__name__)
 
 def evaluate(model: TrainedModel) -> dict[str, Any]:
     """Judge a trained run; writes ``evaluation.json`` and ``drawings.png`` into the run folder."""
-    settings = model.config
-    if settings.benchmark is None or settings.shards is None:
+    config = model.config
+    if config.benchmark is None or config.shards is None:
         raise ConfigError(
             "evaluation.benchmark and evaluation.shards are not set, so there is nothing to judge with\n"
             "  do:    add --evaluation.benchmark=digits --evaluation.shards=data/digits/understanding-test-00.tar"
         )
-    urls = expand_shards("evaluation", settings.shards)
+    urls = expand_shards("evaluation", config.shards)
     check_codes(urls, model.image_tokenizer)
     samples = []
     for shard, url in enumerate(urls):
         for index, (key, members) in enumerate(read_shard(url)):
             with reading_sample("", url, key):
                 samples.append(parse_sample(key, members, Coordinates(0, 0, shard, index)))
-    benchmark = find_benchmark(settings.benchmark)(samples, settings.num_drawings, model.image_tokenizer)
-    losses = task_losses(model.backbone, samples, model.encoder, model.costing, model.device)
+    benchmark = find_benchmark(config.benchmark)(samples, config.num_drawings, model.image_tokenizer)
+    losses = task_losses(model.backbone, samples, model.encoder, model.costing, device=model.device)
     understanding = judge_answers(model, benchmark.questions)
     log.info("drawing %d images", len(benchmark.requests))
     drawn = model.image_tokenizer.decode(model.draw(benchmark.requests))
     result = {
         "checkpoint": model.checkpoint.name,
-        "route": settings.route,
+        "route": config.route,
         "losses": losses,
         "understanding": understanding,
         "generation": {
             "drawings": len(benchmark.requests),
             **benchmark.judge(drawn),
-            "temperature": settings.temperature,
-            "top_k": settings.top_k,
-            "guidance": settings.guidance,
+            "temperature": config.temperature,
+            "top_k": config.top_k,
+            "guidance": config.guidance,
         },
     }
     write_atomically(model.folder.evaluation, json.dumps(result, indent=2))
@@ -64,11 +64,11 @@ def evaluate(model: TrainedModel) -> dict[str, Any]:
 
 def judge_answers(model: TrainedModel, questions: list[Sample]) -> dict[str, Any]:
     """Shares of right answers, by scoring the choices and by writing freely; also by split and kind of question, where samples tell."""
-    parts = (model.backbone, questions, model.encoder, model.costing, model.device)
+    parts = (model.backbone, questions, model.encoder, model.costing)
     log.info("scoring the answers to %d questions", len(questions))
-    scored = scored_right(*parts)
+    scored = scored_right(*parts, device=model.device)
     log.info("answering them freely")
-    written = written_right(*parts)
+    written = written_right(*parts, device=model.device)
 
     def shares(chosen: np.ndarray) -> dict[str, float]:
         return {
@@ -77,7 +77,7 @@ def judge_answers(model: TrainedModel, questions: list[Sample]) -> dict[str, Any
             "accuracy_by_free_generation": float(written[chosen].mean()),
         }
 
-    result = shares(np.ones(len(questions), bool))
+    result: dict[str, Any] = shares(np.ones(len(questions), bool))
     splits = np.array([sample.meta.get("split", "") for sample in questions])
     kinds = np.array([sample.meta.get("kind", "") for sample in questions])
     if any(splits):

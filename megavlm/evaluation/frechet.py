@@ -1,4 +1,7 @@
-"""The Fréchet distance between two sets of features, each taken for a Gaussian (as in FID, Heusel et al. 2017)."""
+"""The Fréchet distance between two sets of features, each taken for a Gaussian (as in FID, Heusel et al. 2017).
+
+Letters: N things that have features, D features.
+"""
 
 import numpy as np
 
@@ -36,7 +39,8 @@ class Moments:
 
     def __init__(self, origin_D: np.ndarray):
         self.origin_D = np.asarray(origin_D, np.float64)
-        self.count, self._sum_D = 0, np.zeros_like(self.origin_D)
+        self.count = 0
+        self._sum_D = np.zeros_like(self.origin_D)
         self._products_DD = np.zeros((len(self.origin_D), len(self.origin_D)))
 
     def add(self, features_ND: np.ndarray) -> None:

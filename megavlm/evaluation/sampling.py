@@ -1,4 +1,7 @@
-"""Draws images with guidance, and answers in text. Both follow a routing plan: dense, or that of the training."""
+"""Draws images with guidance, and answers in text. Both follow a routing plan: dense, or that of the training.
+
+Letters: B sequences that are decoded together, C codes of the codebook, P places of an image.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -18,6 +21,7 @@ def draw_images(
     encoder: Encoder,
     prompts: Sequence[str],
     costing: Costing,
+    *,
     device: torch.device,
     seed: int,
     temperature: float = 1.0,
@@ -83,6 +87,7 @@ def answer(
     encoder: Encoder,
     prompts: Sequence[EncodedSample],
     costing: Costing,
+    *,
     device: torch.device,
     max_tokens: int = 16,
 ) -> list[str]:

@@ -35,7 +35,7 @@ def sample_losses(backbone: Backbone, samples: Sequence[EncodedSample], costing:
     return np.concatenate(losses)
 
 
-def task_losses(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device) -> dict[str, float]:
+def task_losses(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, *, device) -> dict[str, float]:
     """Task → mean cross-entropy per labelled token of its samples, in nats: the training's objective, on held-out samples."""
     encoded = [encoder(sample) for sample in samples]
     losses = sample_losses(backbone, encoded, costing, device)
@@ -43,7 +43,7 @@ def task_losses(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder,
     return {TASKS[task]: float(losses[tasks == task].sum() / labels[tasks == task].sum()) for task in np.unique(tasks)}
 
 
-def scored_right(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device) -> np.ndarray:
+def scored_right(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, *, device) -> np.ndarray:
     """Whether the right answer of each sample is the most likely of its choices: bool ``[len(samples)]``."""
     variants = [encoder(_with_answer(sample, choice)) for sample in samples for choice in sample.meta["choices"]]
     losses, right, begin = sample_losses(backbone, variants, costing, device), [], 0
@@ -55,12 +55,12 @@ def scored_right(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder
     return np.array(right, bool)
 
 
-def written_right(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, device) -> np.ndarray:
+def written_right(backbone: Backbone, samples: Sequence[Sample], encoder: Encoder, costing: Costing, *, device) -> np.ndarray:
     """Whether the model answers each sample right when it writes freely, greedily and until ``<eos>``: bool ``[len(samples)]``."""
     right = []
     for begin in range(0, len(samples), BATCH_SAMPLES):
         batch = samples[begin : begin + BATCH_SAMPLES]
-        answers = answer(backbone, encoder, [encoder(sample).prompt() for sample in batch], costing, device)
+        answers = answer(backbone, encoder, [encoder(sample).prompt() for sample in batch], costing, device=device)
         right += [given.strip() == sample.meta["answer"] for given, sample in zip(answers, batch)]
     return np.array(right, bool)
 

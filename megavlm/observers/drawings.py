@@ -37,11 +37,11 @@ class Drawings(Observer):
                 training.parts.encoder,
                 config.monitor.sample_prompts,
                 training.parts.inference_costing,
-                training.world.device,
-                integer_seed(config.seed, Purpose.DRAWING, num_steps),
-                config.evaluation.temperature,
-                config.evaluation.top_k,
-                config.evaluation.guidance,
+                device=training.world.device,
+                seed=integer_seed(config.seed, Purpose.DRAWING, num_steps),
+                temperature=config.evaluation.temperature,
+                top_k=config.evaluation.top_k,
+                guidance=config.evaluation.guidance,
             )
         finally:
             training.engine.train()

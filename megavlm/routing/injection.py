@@ -1,4 +1,7 @@
-"""Keys and values without travelling: the modules of the control arms `kv_injection`."""
+"""Keys and values without travelling: the modules of the control arms `kv_injection`.
+
+Letters: R rows that give only keys and values.
+"""
 
 import torch
 from torch import nn

@@ -152,7 +152,9 @@ class Bypass(Policy):
     """Which tokens stay."""
 
     def layers(self, num_layers: int) -> list[LayerPlan]:
-        end = self.end_layer + num_layers * (self.end_layer < 0)
+        end = self.end_layer
+        if end < 0:
+            end += num_layers
         check_layers(f"{self.policy}.end_layer", end, num_layers)
         check_layers(f"{self.policy}.first_layer", self.first_layer, end - 1)
         block = [LayerPlan(self.keep_ratio, draw=1)] * (end - self.first_layer)

@@ -22,7 +22,7 @@ def parts(make_config):
 
 def draw(parts, **settings):
     backbone, encoder, costing, device = parts
-    return draw_images(backbone, encoder, ["a handwritten six", "draw a seven please"], costing, device, **settings)
+    return draw_images(backbone, encoder, ["a handwritten six", "draw a seven please"], costing, device=device, **settings)
 
 
 def test_drawings_are_codes_and_depend_on_the_seed_only(parts):
@@ -70,9 +70,9 @@ def test_scoring_and_writing_on_a_model_that_always_says_seven(parts):
     (piece,) = encoder.vocabulary.encode_text("seven")
     backbone.causal_lm.lm_head = AlwaysSays(piece, encoder.vocabulary.size)
     prompts = [encoder(read("zero")).prompt()]
-    assert answer(backbone, encoder, prompts, costing, device, max_tokens=3) == ["seven seven seven"]
+    assert answer(backbone, encoder, prompts, costing, device=device, max_tokens=3) == ["seven seven seven"]
     samples = [read("seven"), read("zero"), read("seven"), read("seven")]
-    assert scored_right(backbone, samples, encoder, costing, device).tolist() == [True, False, True, True]
-    assert not written_right(backbone, samples, encoder, costing, device).any(), "it does not end"
+    assert scored_right(backbone, samples, encoder, costing, device=device).tolist() == [True, False, True, True]
+    assert not written_right(backbone, samples, encoder, costing, device=device).any(), "it does not end"
     backbone.causal_lm.lm_head = AlwaysSays(encoder.vocabulary.eos, encoder.vocabulary.size)
-    assert answer(backbone, encoder, prompts, costing, device) == [""]
+    assert answer(backbone, encoder, prompts, costing, device=device) == [""]

@@ -128,15 +128,15 @@ def test_decoding_and_drawing(config):
     torch.manual_seed(0)
     causal_lm = Parts(made).make_causal_lm()
     backbone, costing = Parts(made).make_backbone(causal_lm).eval(), Parts(made).inference_costing
-    codes = draw_images(backbone, encoder, ["a seven", "a two"], costing, torch.device("cpu"), 0, temperature=3.0, guidance=2.0)
+    codes = draw_images(backbone, encoder, ["a seven", "a two"], costing, device=torch.device("cpu"), seed=0, temperature=3.0, guidance=2.0)
     assert codes.shape == (2, 1, 21) and (codes[:, 0, 4] == 64).all() and np.delete(codes[:, 0], 4, axis=1).max() < 64
     assert encoder.image_tokenizer.decode(codes).shape == (2, 8, 8, 3)
     prompts = [encoder(sample(image=digits.load("test").codes[i])).prompt() for i in (3, 4)]
-    said = answer(backbone, encoder, prompts, costing, torch.device("cpu"), 3)
+    said = answer(backbone, encoder, prompts, costing, device=torch.device("cpu"), max_tokens=3)
     # another image of the same indices is another prompt: what is read are the features
     with torch.no_grad():
         backbone.reader.weight.mul_(-20)
-    assert answer(backbone, encoder, prompts, costing, torch.device("cpu"), 3) != said
+    assert answer(backbone, encoder, prompts, costing, device=torch.device("cpu"), max_tokens=3) != said
 
 
 def test_the_mixture_knows_the_compressed_length(config):

@@ -60,13 +60,13 @@ def _run_with(world, config, fault: str) -> dict:
     return {"log": log.getvalue(), "step": trainer.step, "weights": weights(trainer.engine)}
 
 
-def _failing_in_a_layer(engine, *_args):
+def _failing_in_a_layer(engine, *args, **options):
     def hook(_module, _inputs):
         raise ValueError("all ranks in the midst of a forward pass")
 
     handle = engine.module.causal_lm.model.layers[2].mlp.register_forward_pre_hook(hook)
     try:
-        return _draw_images(engine, *_args)
+        return _draw_images(engine, *args, **options)
     finally:
         handle.remove()
 

@@ -47,7 +47,8 @@ class BadEntries:
     """
 
     def __init__(self, file: Path, limit: int):
-        self.file, self.limit = file, limit
+        self.file = file
+        self.limit = limit
         self.found: list[dict[str, str]] = []
 
     def add(self, where: str, what: str) -> None:

@@ -2,6 +2,8 @@
 
 megavlm ships no network. A feature function takes images, uint8 RGB ``[N, H, W, 3]``, or a list of N texts, and returns ``[N, D]``. Figures
 are comparable with published ones if the network is the same with the same preprocessing (for FID the pool features of Inception v3).
+
+Letters: N images or texts, H and W their height and width, C colours, D features.
 """
 
 from collections.abc import Callable
@@ -76,7 +78,9 @@ class FidScore:
     """
 
     def __init__(self, features: Callable[[np.ndarray], np.ndarray], real: tuple[np.ndarray, np.ndarray]):
-        self.features, self.real, self._drawn = features, real, Moments(real[0])
+        self.features = features
+        self.real = real
+        self._drawn = Moments(real[0])
 
     def add(self, items: list[Item], images_NHWC: np.ndarray) -> list[dict[str, Any]]:
         features = call_features(self.features, images_NHWC, len(items), "--features")
@@ -103,7 +107,9 @@ class ClipScore:
     """
 
     def __init__(self, image_features: Callable[[np.ndarray], np.ndarray], text_features: Callable[[list[str]], np.ndarray]):
-        self.image_features, self.text_features, self._cosines = image_features, text_features, []
+        self.image_features = image_features
+        self.text_features = text_features
+        self._cosines: list[float] = []
 
     def add(self, items: list[Item], images_NHWC: np.ndarray) -> list[dict[str, Any]]:
         image_ND = call_features(self.image_features, images_NHWC, len(items), "--image_features")

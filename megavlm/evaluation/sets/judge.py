@@ -35,9 +35,11 @@ class Score(Protocol):
 
     def add(self, items: list[Item], outputs) -> list[dict[str, Any]]:
         """Take a batch of answers (texts) or drawings (uint8 ``[N, H, W, 3]``); a verdict on each, as JSON."""
+        ...
 
     def result(self) -> dict[str, Any]:
         """The figures of everything that was added."""
+        ...
 
 
 class Judge:
@@ -48,11 +50,15 @@ class Judge:
         kind: Kind of the set; part of the names of the written files.
         bad: Counts unusable entries, those found by the reader included.
         batch_size: Questions or drawings at a time.
-        settings: Settings to note in the result.
+        options: Options of the command, to note in the result.
     """
 
-    def __init__(self, model: TrainedModel, kind: str, bad: BadEntries, batch_size: int, settings: dict[str, Any]):
-        self.model, self.kind, self.bad, self.batch_size, self.settings = model, kind, bad, batch_size, settings
+    def __init__(self, model: TrainedModel, kind: str, bad: BadEntries, batch_size: int, *, options: dict[str, Any]):
+        self.model = model
+        self.kind = kind
+        self.bad = bad
+        self.batch_size = batch_size
+        self.options = options
         self.stem = model.folder.path / "judged" / f"{kind}-{bad.file.stem}"
 
     def read(self, items: list[Item], images: Path, max_tokens: int, score: Score) -> dict[str, Any]:
@@ -61,7 +67,7 @@ class Judge:
 
         def respond(batch: list[tuple[Item, EncodedSample]]):
             prompts = [prompt for _, prompt in batch]
-            return answer(model.backbone, model.encoder, prompts, model.costing, model.device, max_tokens)
+            return answer(model.backbone, model.encoder, prompts, model.costing, device=model.device, max_tokens=max_tokens)
 
         return self._run(self._with_images(items, images), respond, score)
 
@@ -81,8 +87,8 @@ class Judge:
 
         repeated = [(item, None) for item in items for _ in range(num_per_prompt)]
         progress = track(repeated, f"{self.kind} {self.bad.file.name}", console=Console(stderr=True))
-        settings = {"drawings_per_prompt": num_per_prompt} | model.config.model_dump(include={"temperature", "top_k", "guidance"})
-        result = self._run(progress, respond, score, settings)
+        options = {"drawings_per_prompt": num_per_prompt} | model.config.model_dump(include={"temperature", "top_k", "guidance"})
+        result = self._run(progress, respond, score, options)
         picture = self.stem.with_name(f"{self.stem.name}.png")
         with harmless(f"the picture {picture}"):
             save_grid([image for _, image in shown], [caption for caption, _ in shown], picture, columns=8)
@@ -100,7 +106,7 @@ class Judge:
             except DataError as error:
                 self.bad.add(item.where, error.what)
 
-    def _run(self, pairs, respond: Callable, score: Score, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _run(self, pairs, respond: Callable, score: Score, options: dict[str, Any] | None = None) -> dict[str, Any]:
         self.stem.parent.mkdir(exist_ok=True)
         pairs, num_judged = iter(pairs), 0
         with self.stem.with_name(f"{self.stem.name}.jsonl").open("w", encoding="utf-8") as lines:
@@ -121,7 +127,7 @@ class Judge:
             "judged": num_judged,
             "bad": len(self.bad.found),
             "figures": score.result(),
-            "settings": {"batch_size": self.batch_size} | self.settings | (settings or {}),
+            "settings": {"batch_size": self.batch_size} | self.options | (options or {}),
             "bad_entries": self.bad.found,
         }
         write_atomically(self.stem.with_name(f"{self.stem.name}.json"), json.dumps(result, indent=1, ensure_ascii=False))

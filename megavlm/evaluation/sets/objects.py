@@ -135,7 +135,9 @@ class ObjectScore:
     _detections = TypeAdapter(list[Detection])
 
     def __init__(self, detect: Callable[[np.ndarray], list[dict]], min_score: float = 0.3, min_score_counting: float = 0.9):
-        self.detect, self.min_score, self.min_score_counting = detect, min_score, min_score_counting
+        self.detect = detect
+        self.min_score = min_score
+        self.min_score_counting = min_score_counting
         self._right: dict[str, list[bool]] = defaultdict(list)
 
     def add(self, items: list[Item], images_NHWC: np.ndarray) -> list[dict[str, Any]]:

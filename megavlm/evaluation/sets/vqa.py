@@ -46,7 +46,7 @@ class Question(BaseModel):
         return entry | {"answers": [a["answer"] if isinstance(a, dict) and "answer" in a else a for a in answers]}
 
 
-def read_questions(path: Path, annotations: Path | None, image_name: str, template: str, bad: BadEntries) -> list[Item]:
+def read_questions(path: Path, annotations: Path | None, image_name: str, template: str, *, bad: BadEntries) -> list[Item]:
     """The questions of a set.
 
     Args:

@@ -81,13 +81,13 @@ def test_vqa_files_by_a_model_that_always_says_seven(run, images, tmp_path):
     (tmp_path / "questions.json").write_text(json.dumps({"questions": asked, "data_subtype": "val"}))
     (tmp_path / "annotations.json").write_text(json.dumps({"annotations": notes}))
     bad = BadEntries(tmp_path / "questions.json", 10)
-    items = read_questions(bad.file, tmp_path / "annotations.json", "{:d}.png", "{question}", bad)
-    result = Judge(model, "vqa", bad, 3, {}).read(items, images, 1, VqaScore())
+    items = read_questions(bad.file, tmp_path / "annotations.json", "{:d}.png", "{question}", bad=bad)
+    result = Judge(model, "vqa", bad, 3, options={}).read(items, images, 1, VqaScore())
     # "7", "seven" and "Seven." are one answer: 10, 2, none and 1 of ten people agree
     figures = result["figures"]
     assert figures["vqa_score"] == pytest.approx((1 + 0.6 + 0 + 0.3) / 4) and figures["exact_match"] == 1 / 4
     assert result["judged"] == 4 and {b["where"] for b in result["bad_entries"]} == {"question 14", "question 99"}
-    assert read_questions(bad.file, tmp_path / "annotations.json", "", "{question}", bad)[1].image == "COCO_val_000000000001.jpg"
+    assert read_questions(bad.file, tmp_path / "annotations.json", "", "{question}", bad=bad)[1].image == "COCO_val_000000000001.jpg"
 
 
 def test_plain_questions_with_bad_entries_are_counted_and_named(run, images, tmp_path, monkeypatch, capsys):
@@ -113,7 +113,7 @@ def test_plain_questions_with_bad_entries_are_counted_and_named(run, images, tmp
 def test_gqa_form(tmp_path):
     file = tmp_path / "gqa.json"
     file.write_text(json.dumps({"07": {"imageId": "23", "question": "Red?", "answer": "no", "isBalanced": True}}))
-    (item,) = read_questions(file, None, "{}.jpg", "{question} One word.", BadEntries(file, 0))
+    (item,) = read_questions(file, None, "{}.jpg", "{question} One word.", bad=BadEntries(file, 0))
     assert (item.where, item.prompt, item.truth, item.image) == ("entry 07", "Red? One word.", ["no"], "23.jpg")
 
 
@@ -158,4 +158,4 @@ def test_a_function_of_a_file_of_ones_own(tmp_path):
 def test_a_set_without_anything_to_judge(run, tmp_path):
     file = write_lines(tmp_path / "empty.jsonl", [])
     with pytest.raises(MegavlmError, match="nothing could be judged"):
-        Judge(load_trained(run)[0], "vqa", BadEntries(file, 0), 4, {}).read([], tmp_path, 1, VqaScore())
+        Judge(load_trained(run)[0], "vqa", BadEntries(file, 0), 4, options={}).read([], tmp_path, 1, VqaScore())
