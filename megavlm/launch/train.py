@@ -163,5 +163,5 @@ def _earlier_starts(path: Path) -> list:
     try:
         return read_json(path, list) if path.exists() else []
     except DamagedFile as error:
-        log.warning("%s: it begins anew with this start", error.what)
+        log.warning("%s: this start writes a new one", error.what)
         return []

@@ -1,4 +1,4 @@
-"""What `megavlm checkpoint` does: list, verify and prune, on a run that may be going on. And which checkpoint a path means."""
+"""The commands of `megavlm checkpoint`: list, verify and prune, even while the run is in progress. And which checkpoint a path means."""
 
 import logging
 import time

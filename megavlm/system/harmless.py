@@ -11,10 +11,10 @@ _failing: dict[str, str] = {}
 
 @contextmanager
 def harmless(what: str) -> Iterator[None]:
-    """Whatever goes wrong in here is logged with place and remedy, and the caller goes on without it.
+    """Errors in here are logged with place and remedy, and the caller continues.
 
-    Be the disk full or a library at fault. The same failure is told once, until the writing succeeds again. Only for what one process
-    does by itself: a rank that leaves a collective early holds up all others.
+    It does not matter whether the disk is full or a library fails. A failure is reported once, until writing succeeds again. Use it only
+    for what one process does by itself: a rank that leaves a collective early holds up all others.
 
     Args:
         what: What is being written, and where.

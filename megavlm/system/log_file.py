@@ -49,6 +49,6 @@ class LogFile(logging.FileHandler):
         with suppress(OSError):
             print(
                 f"the log could not be written: {error.strerror}\n  where: {self.baseFilename}\n"
-                "  do:    make room, or mend the file system; the run goes on",
+                "  do:    make room, or mend the file system; the run continues",
                 file=sys.stderr,
             )

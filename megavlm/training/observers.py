@@ -81,7 +81,7 @@ class Observer:
 
 @contextmanager
 def unharmed(observer: Observer, engine: Engine) -> Iterator[None]:
-    """An observer's error is a remark on its rank, and training goes on.
+    """An observer's error is a remark on its rank, and training continues.
 
     An error that came on all ranks, or on one alone outside collectives, has no other consequence. A rank that left a collective in which
     the others wait is found by the watchdog.

@@ -99,7 +99,7 @@ class Lane:
         self._target: tuple = (None, None)
         if state["pack"]:
             log.info(
-                "lane %d goes on after pack %d: read again %d samples for the look-ahead, %d at the heads of shards",
+                "lane %d resumes after pack %d: read again %d samples for the look-ahead, %d at the heads of shards",
                 *(number, state["pack"], *self.read_again.values()),
             )
 
@@ -112,7 +112,7 @@ class Lane:
         return pack, self.state()
 
     def next_samples(self) -> list[EncodedSample]:
-        """The samples of the next pack; the lane goes on behind it.
+        """The samples of the next pack; the lane moves on behind it.
 
         Raises:
             StopIteration: When every source has come to its end.
@@ -133,7 +133,7 @@ class Lane:
         return samples
 
     def state(self) -> State:
-        """Plain integers from which an equal lane goes on."""
+        """Plain integers from which an equal lane resumes."""
         return {
             "pack": self.num_packs,
             "counts": dict(self.counts),
@@ -161,7 +161,7 @@ class Lane:
         state, account = adapt_state(state, self.sources, self.config.when_sources_change)
         # all lanes find the same
         if account and self.number == 0:
-            log.warning("going on although the sources have changed since the checkpoint:%s", account)
+            log.warning("resuming, although the sources have changed since the checkpoint:%s", account)
         return state
 
     def _reopen(self) -> None:
