@@ -74,6 +74,8 @@ def _records(file: Path, root: Path) -> Iterator[tuple[str, Members]]:
                     names = list(order)
                 names = [names] if isinstance(names, str) else names
                 members = {f"img{i}{Path(name).suffix.lower()}": (root / name).read_bytes() for i, name in enumerate(names)}
+                if "conversations" in record and members:
+                    record["image"] = list(members)
             except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
                 raise DataError(f"line {number + 1} is no sample: {error!r}", "correct the line", "", str(file), key) from error
             yield key, {"json": json.dumps(record, ensure_ascii=False).encode(), **members}
