@@ -61,7 +61,7 @@ requeue() {
         exit 1
     fi
     # three starts in a row without a new checkpoint: a fourth would not get there either
-    newest=$(cd "$RUN/checkpoints" 2>/dev/null && ls -d step-* 2>/dev/null | tail -n 1)
+    newest=$(cd "$RUN/checkpoints" 2>/dev/null && ls | grep -E "^step-[0-9]{8,}$" | tail -n 1)
     echo "${newest:-none}" >>"$RUN/slurm/newest-$JOB.txt"
     if [ "$(tail -n 4 "$RUN/slurm/newest-$JOB.txt" | sort | uniq -c | awk '{print $1; exit}')" = 4 ]; then
         echo "not requeued: three restarts without a new checkpoint"
