@@ -101,7 +101,7 @@ class Checkpointer:
         self._together(self._take_folder)
         # a mesh on the CPU, whatever the GPUs talk with: only host memory is ever written
         self._staging = Staging(world.rank, init_device_mesh("cpu", (world.size,)))
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writer = ThreadPoolExecutor(1, "checkpoint", initializer=_use_device, initargs=(world.device,))
         self._pending: Future | None = None
         self._seconds: list[float] = []
         self.last_step: int | None = None
@@ -327,6 +327,12 @@ class Checkpointer:
         values = [None] * self.world.size
         distributed.all_gather_object(values, value, group=group)
         return values
+
+
+def _use_device(device: torch.device) -> None:
+    """A new thread would otherwise use the first device, and take half a gigabyte of it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def load_weights(path: Path, module: nn.Module) -> None:

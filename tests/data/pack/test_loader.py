@@ -3,10 +3,15 @@
 import atexit
 import multiprocessing
 import pickle
+import signal
 import subprocess
 import sys
+import time
+
+import pytest
 
 from megavlm.data.pack.loader import Loader
+from megavlm.errors import LostProcess
 
 SCRIPT = """
 import multiprocessing, os, pickle, subprocess, sys
@@ -73,3 +78,21 @@ def test_a_worker_that_is_ended_while_it_feeds_packs_cannot_abort(make_factory, 
     (worker,) = multiprocessing.active_children()
     loader.close()
     assert not worker.is_alive() and not (tmp_path / "torn_down").exists()
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_worker_is_found_where_its_packs_are_waited_for_and_nowhere_else(make_factory, corpus_sources):
+    """Torch's handler of SIGCHLD would raise in the midst of a forward pass."""
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = Loader(make_factory(corpus_sources, num_lanes=4), [0, 1, 2, 3], {}, 2, 2, False)
+    next(loader)
+    assert signal.getsignal(signal.SIGCHLD) == before
+    victim, *_ = multiprocessing.active_children()
+    victim.kill()
+    deadline_s = time.monotonic() + 1.0
+    while time.monotonic() < deadline_s:  # a forward pass: any line of it may be the one at which a handler raises
+        pass
+    with pytest.raises(LostProcess, match=r"a loader worker has died[^$]*data.num_workers"):
+        for _ in range(50):
+            next(loader)
+    loader.close()
