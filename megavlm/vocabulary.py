@@ -81,6 +81,12 @@ class HuggingFaceText:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         # "<|im_end|>" in a caption is text
         self._tokenizer.encode_special_tokens = True
+        # what the file says of other uses: a text is neither cut, filled up, framed nor cut differently every time
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.post_processor = None
+        if isinstance(self._tokenizer.model, tokenizers.models.BPE):
+            self._tokenizer.model.dropout = None
         num_pieces = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.num_text = num_pieces
         if (folder / "config.json").is_file():
@@ -97,6 +103,10 @@ class HuggingFaceText:
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        """As the contents of a ``tokenizer.json``."""
+        return self._tokenizer.to_str()
 
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -56,6 +56,21 @@ def test_nothing_in_a_text_becomes_a_special_token(pretrained):
     assert vocabulary.decode_text([0, ROWS - 1]) == ""
 
 
+def test_what_a_tokenizer_file_says_of_other_uses_is_not_obeyed(pretrained, tmp_path):
+    tokenizer = tokenizers.Tokenizer.from_file(str(pretrained / "tokenizer.json"))
+    text = "a handwritten seven and the digit four"
+    expected = tokenizer.encode(text).ids
+    tokenizer.model.dropout = 0.9
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    frame = {"single": "<|end|> $A <|end|>", "special_tokens": [("<|end|>", 0)]}
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**frame)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = Vocabulary(tmp_path, 17)
+    assert vocabulary.encode_text(text) == expected == vocabulary.encode_text(text)
+    assert vocabulary.encode_text("") == [] and vocabulary.decode_text(expected) == text
+
+
 def test_tokenizer_and_configuration_must_agree(pretrained, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((pretrained / "tokenizer.json").read_bytes())
     pieces = Vocabulary(tmp_path, 17).num_text

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megavlm.engine.checkpoint import load_weights
 from megavlm.errors import MegavlmError
+from megavlm.parts.hub_tokenizer import write_tokenizer
 from megavlm.parts.parts import Parts
 from megavlm.parts.trained import load_run_config
 from megavlm.runs.checkpoints import locate
@@ -15,9 +16,9 @@ from megavlm.vocabulary import SPECIALS, copy_text_model
 def export(source: Path, out: Path) -> str:
     """Write weights, configuration and vocabulary of a checkpoint.
 
-    ``AutoModelForCausalLM.from_pretrained(out)`` gives the same logits; a tied output head is stored once. Beside it lie
-    ``text.model`` (a SentencePiece file, or a folder with ``tokenizer.json``) and ``vocabulary.json``, which says where text, special
-    tokens and image codes begin.
+    ``AutoModelForCausalLM.from_pretrained(out)`` gives the same logits, ``AutoTokenizer`` the same ids, or an error where the text model
+    has no equal there; a tied output head is stored once. Beside it lie ``text.model`` (a SentencePiece file, or a folder with
+    ``tokenizer.json``) and ``vocabulary.json``, which says where text, special tokens and image codes begin.
 
     Args:
         source: A run folder (its newest checkpoint) or a checkpoint in one.
@@ -47,8 +48,11 @@ def export(source: Path, out: Path) -> str:
         "checkpoint": str(checkpoint.name),
     }
     with folder_written_atomically(out) as files:
+        for described in (causal_lm.config, causal_lm.generation_config):
+            described.bos_token_id, described.eos_token_id = vocabulary.bos, vocabulary.eos
         causal_lm.save_pretrained(files)
         copy_text_model(folder.text_model, files / "text.model")
         (files / "vocabulary.json").write_text(json.dumps(layout, indent=1))
+        without_tokenizer = write_tokenizer(vocabulary, files)
     remark = f"; left out, as stock models have no place for them: {', '.join(left_out)}" if left_out else ""
-    return f"{sum(p.numel() for p in causal_lm.parameters()) / 1e6:.2f}M parameters in float32 from {checkpoint}{remark}"
+    return f"{sum(p.numel() for p in causal_lm.parameters()) / 1e6:.2f}M parameters in float32 from {checkpoint}{remark}{without_tokenizer}"

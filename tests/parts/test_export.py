@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megavlm.engine.checkpoint import load_weights
 from megavlm.errors import ConfigError
@@ -39,6 +39,10 @@ def test_export_and_init_from(run, make_config, tmp_path):
         assert loaded.eval()(tokens).logits.equal(expected)
     tied = config.model.architecture["tie_word_embeddings"]
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = "Draw a handwritten seven."
+    assert tokenizer(prompt)["input_ids"] == vocabulary.encode_text(prompt) and len(tokenizer) == vocabulary.size
+    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id == vocabulary.eos
     described = json.loads((tmp_path / "out" / "vocabulary.json").read_text())
     assert described["first_code"] == vocabulary.first_code and described["specials"]["<boi>"] == vocabulary.boi
 
