@@ -17,6 +17,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,14 @@ class Saved:
     """From the call to the rename."""
     num_bytes: int
     """Bytes of all files."""
+
+
+MODULES_OF = {
+    "gates": "learned gates, which the policy mixture_of_depths needs",
+    "injectors": "projections, which the policy kv_injection needs",
+    "reader": "a layer that reads features, which this image tokenizer needs",
+}
+"""Parts of a backbone that come from its route or its image tokenizer, by the first part of their names."""
 
 
 class DoesNotFit(MegavlmError):
@@ -218,6 +227,7 @@ class Checkpointer:
         state = read_json(path / "state.json")
         set_group_steps(engine, state["group_steps"])
         tensors = self._staging.empty_like(engine)
+        _check_modules(path, tensors)
         try:
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "tensors"), process_group=self._main_group)
         except (ValueError, RuntimeError, KeyError, dcp.CheckpointException) as error:
@@ -349,6 +359,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
         )
     parameters = dict(module.named_parameters())
     flat = {f"value/{name}": torch.empty(p.numel(), dtype=torch.float32) for name, p in parameters.items()}
+    _check_modules(path, flat)
     try:
         dcp.load(flat, storage_reader=dcp.FileSystemReader(path / "tensors"), no_dist=True)
     except (ValueError, RuntimeError, KeyError, dcp.CheckpointException) as error:
@@ -356,6 +367,19 @@ def load_weights(path: Path, module: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(flat[f"value/{name}"].view(parameter.shape))
+
+
+def _check_modules(path: Path, tensors: Iterable[str]) -> None:
+    """Whether a checkpoint holds all modules of a model.
+
+    Raises:
+        DoesNotFit: Naming those that it lacks, and what needs them.
+    """
+    known = dcp.FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
+    lacking = sorted({name.removeprefix("value/") for name in tensors if name.startswith("value/") and name not in known})
+    for kind, words in MODULES_OF.items():
+        if names := [name for name in lacking if name.startswith(f"{kind}.")]:
+            raise DoesNotFit(path, f"it has no {words} ({', '.join(names)}); `init_from` in a new run takes over all the rest")
 
 
 def _room(folder: Path) -> str:

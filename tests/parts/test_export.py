@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megavlm.engine.checkpoint import load_weights
-from megavlm.errors import ConfigError
+from megavlm.errors import ConfigError, MegavlmError
 from megavlm.parts.export import export
 from megavlm.parts.parts import Parts
+from megavlm.parts.trained import load_trained
 from megavlm.runs.checkpoints import find
 from megavlm.training.initial import load_initial_weights
 from tests.conftest import TINY
@@ -72,3 +73,19 @@ def test_weights_that_do_not_fit_are_refused(run, make_config, tmp_path):
             load_initial_weights(str(source), Parts(wider).make_causal_lm(), vocabulary)
     with pytest.raises(ConfigError, match="holds no weights"):
         load_initial_weights(str(tmp_path), Parts(config).make_causal_lm(), vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("mixture_of_depths", "no learned gates, which the policy mixture_of_depths needs \\(gates"),
+        ("kv_injection", "no projections, which the policy kv_injection needs \\(injectors"),
+    ],
+)
+def test_a_checkpoint_without_the_modules_of_a_policy_says_so(policy, words, make_config, tmp_path):
+    config = make_config({"checkpoint.every_steps": 1}, tmp_path / "run")
+    run_ranks(1, train, config, 1)
+    with pytest.raises(MegavlmError, match=f"(?s)does not fit this model: it has {words}.*`init_from`.*do:"):
+        load_trained(tmp_path / "run", {"routing.understanding": {"policy": policy}})
+    other = make_config({"routing.understanding": {"policy": policy}, "init_from": str(tmp_path / "run")}, tmp_path / "other")
+    load_initial_weights(str(tmp_path / "run"), Parts(other).make_causal_lm(), Parts(other).vocabulary)
