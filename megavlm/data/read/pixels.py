@@ -19,6 +19,8 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")
 """Grey levels of 16 bits; which of these depends on Pillow."""
 FLAT_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 ALPHA_MODES = ("LA", "PA", "RGBA", "RGBX")
+BIT_DEPTH = 24
+"""Where a PNG says it."""
 WHITE = (255, 255, 255)
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,6 +44,7 @@ def decode_pixels(member: str, content: bytes) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
+                _refuse_deep_key(image, content)
                 return _decoded(image)
     except DataError as error:
         error.what = f"{member} {error.what}"
@@ -61,13 +64,17 @@ def _decoded(image: Image.Image) -> np.ndarray:
     return np.asarray(flat.transpose(turned) if turned is not None else flat)
 
 
+def _refuse_deep_key(image: Image.Image, content: bytes) -> None:
+    """Pillow keeps 8 bits of a PNG's 16, and compares them with 16 bits of the colour that is to be transparent."""
+    if image.format == "PNG" and content[BIT_DEPTH] == 16 and isinstance(image.info.get("transparency"), tuple):
+        raise DataError("has 16 bits a channel and a transparent colour", "write it with 8 bits, or an alpha channel")
+
+
 def _flat(image: Image.Image) -> Image.Image:
     """As RGB."""
     transparent = image.info.get("transparency")
     if image.mode in DEEP_MODES:
         return _from_deep(np.asarray(image), transparent)
-    if isinstance(transparent, tuple) and max(transparent) > 255:
-        raise DataError("has 16 bits a channel and a transparent colour", "write it with 8 bits, or an alpha channel")
     if image.mode in ALPHA_MODES or transparent is not None:
         layers = image.convert("RGBA")
         flat = Image.new("RGB", image.size, WHITE)

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -125,6 +127,17 @@ def test_images_stand_as_exif_says(kind, orientation):
     corners = {(0, 0): (1, 5, 0, 9), (0, -1): (2, 6), (-1, -1): (3, 7), (-1, 0): (4, 8)}
     white = next(corner for corner, kinds in corners.items() if orientation in kinds)
     assert {corner for corner in corners if pixels[corner].min() > 128} == {white}
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused():
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    pixel, key = struct.pack(">HHH", *3 * [0x1234]), struct.pack(">HHH", *3 * [0x12])
+    chunks = chunk(b"IHDR", header) + chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(b"\0" + pixel)) + chunk(b"IEND", b"")
+    with pytest.raises(DataError, match="16 bits a channel and a transparent colour"):
+        decode_pixels("a.png", b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 def test_animations_are_refused():
