@@ -115,6 +115,9 @@ def main() -> None:
         if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
             print(f"megavlm: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # in `train` Ctrl-C saves: see megavlm.engine.signals
+        print("megavlm: ended by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         if error.filename is None:
             raise

@@ -219,3 +219,14 @@ def scalars(run):
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert events.Tags()["images"] == ["samples"] or "samples/0" in events.Tags()["images"]
     return events.Tags()["scalars"]
+
+
+def test_ctrl_c_is_a_word_and_no_traceback(monkeypatch, capsys):
+    def interrupted(_self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Commands, "doctor", interrupted)
+    monkeypatch.setattr("sys.argv", ["megavlm", "doctor"])
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    assert capsys.readouterr().err.splitlines()[-1] == "megavlm: ended by Ctrl-C"
