@@ -7,7 +7,7 @@ import bz2
 import io
 import lzma
 import zlib
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 CHUNK_BYTES = 1 << 18
 MAGIC = {
@@ -55,7 +55,7 @@ class _Joined(io.RawIOBase):
 class _Decompressed(io.RawIOBase):
     def __init__(self, stream: io.RawIOBase):
         self.stream = stream
-        self.decompressor = None
+        self.decompressor: Any = None
         self.left = b""
         """Compressed bytes that were read and not used yet."""
 

@@ -2,14 +2,13 @@
 
 import codecs
 import json
-import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 CHUNK_BYTES = 1 << 20
 MAX_CHARACTERS = 64 << 20
 """Of one element."""
-WHITE = re.compile(r"[ \t\r\n]*")
+WHITE = (" ", "\t", "\r", "\n")
 _decoder = json.JSONDecoder()
 
 
@@ -50,7 +49,8 @@ class _Text:
     def next_character(self) -> str:
         """The next one that is no white space; empty at the end."""
         while True:
-            self.place = WHITE.match(self.text, self.place).end()
+            while self.text[self.place : self.place + 1] in WHITE:
+                self.place += 1
             if self.place < len(self.text) or not self._more():
                 return self.text[self.place : self.place + 1]
 
