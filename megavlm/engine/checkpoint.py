@@ -28,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from megavlm.engine.protocol import Engine
 from megavlm.engine.zero_state import Staging, group_steps, install, set_group_steps
 from megavlm.errors import MegavlmError
 from megavlm.runs import manifest
@@ -123,7 +124,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        engine,
+        engine: Engine,
         lanes: dict[int, Any],
         shared: dict | None = None,
         metrics: dict | None = None,
@@ -191,7 +192,7 @@ class Checkpointer:
             )
         return saved
 
-    def restore_newest(self, engine) -> dict[str, Any] | None:
+    def restore_newest(self, engine: Engine) -> dict[str, Any] | None:
         """Put the newest intact checkpoint into the engine; None if there is no checkpoint. Called by all ranks together.
 
         A damaged one is named in the log, and set aside as ``damaged-step-…`` once an older one is taken.
@@ -215,7 +216,7 @@ class Checkpointer:
             )
         return None
 
-    def restore(self, path: Path, engine) -> dict[str, Any]:
+    def restore(self, path: Path, engine: Engine) -> dict[str, Any]:
         """Put a checkpoint that is known to be intact into the engine. Called by all ranks together.
 
         Returns:

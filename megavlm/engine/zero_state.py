@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from megavlm.engine.protocol import Engine
 from megavlm.errors import MegavlmError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -36,7 +37,7 @@ class Staging:
         self.rank, self.mesh = rank, mesh
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def copy_from(self, engine) -> dict[str, DTensor]:
+    def copy_from(self, engine: Engine) -> dict[str, DTensor]:
         """Copy the engine's shards; when this returns, training may go on and change them."""
         create_missing_optimizer_state(engine)
         copies, on_cuda = {}, False
@@ -53,7 +54,7 @@ class Staging:
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def empty_like(self, engine) -> dict[str, DTensor]:
+    def empty_like(self, engine: Engine) -> dict[str, DTensor]:
         """Tensors to load into, of this world's shapes."""
         return {
             key: self._sharded(torch.zeros(_local_size(self.rank, parameter), dtype=partition.dtype), parameter)
@@ -66,7 +67,7 @@ class Staging:
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,))
 
 
-def install(tensors: dict[str, DTensor], engine) -> None:
+def install(tensors: dict[str, DTensor], engine: Engine) -> None:
     """Put loaded shards into the engine: masters, moments, and the weights that the forward pass reads."""
     for name, parameter in engine.module.named_parameters():
         # the padding of the last partition is not stored; it takes no part in anything
@@ -86,7 +87,7 @@ def install(tensors: dict[str, DTensor], engine) -> None:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def group_steps(engine) -> dict[str, int]:
+def group_steps(engine: Engine) -> dict[str, int]:
     """Optimizer steps that each parameter group has taken, by the group's name."""
     create_missing_optimizer_state(engine)
     zero = engine.optimizer
@@ -95,7 +96,7 @@ def group_steps(engine) -> dict[str, int]:
     }
 
 
-def set_group_steps(engine, steps: dict[str, int]) -> None:
+def set_group_steps(engine: Engine, steps: dict[str, int]) -> None:
     """Set the step counter of every parameter group.
 
     Raises:
@@ -113,7 +114,7 @@ def set_group_steps(engine, steps: dict[str, int]) -> None:
         zero.optimizer.state[flat]["step"].fill_(steps[name])
 
 
-def create_missing_optimizer_state(engine) -> None:
+def create_missing_optimizer_state(engine: Engine) -> None:
     """Adam creates its state in its first step; an engine that has not taken one has none to read or to load into."""
     zero = engine.optimizer
     for flat in zero.fp32_partitioned_groups_flat:
