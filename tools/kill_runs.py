@@ -48,6 +48,7 @@ def settings(data: Path, run: Path, hidden_size: int, num_steps: int) -> dict:
         # packs depend on the share of the run that is done, and the last start is told another end
         "routing.dense_finish_fraction": 0.0,
         "optimizer.num_steps": num_steps,
+        "optimizer.warmup_steps": 2,  # the last start may end after few steps
         "monitor.sample_every_steps": None,
         "monitor.log_every_steps": 1,
         "checkpoint.every_steps": 2,
