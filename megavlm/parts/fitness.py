@@ -9,7 +9,7 @@ from megavlm.model.sizes import count_parameters
 from megavlm.parts.parts import Parts
 from megavlm.system.memory import allow_open_files, check_memory, machine_bytes
 
-MOST_LANES = 2048
+MOST_LANES = 512
 """Most lanes of one process; it runs as many packs in one step."""
 WEIGHTS_BYTES, TRAINING_BYTES = 4, 16
 """Bytes of a parameter: in the model as it is made; and of its master copy, gradient and two moments, which the processes share."""

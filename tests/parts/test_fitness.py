@@ -36,9 +36,9 @@ def test_a_look_ahead_larger_than_the_memory(make_config, monkeypatch):
 
 
 def test_lanes_of_one_process(make_config, monkeypatch):
-    config = make_config({"data.num_lanes": 4096})
+    config = make_config({"data.num_lanes": 1024})
     check_lanes(config, world_size=2)
-    with pytest.raises(ConfigError, match="data.num_lanes: each of 1 processes would run 4096 packs per step"):
+    with pytest.raises(ConfigError, match="data.num_lanes: each of 1 processes would run 1024 packs per step"):
         check_lanes(config, world_size=1)
     monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (1024, 1024))
     with pytest.raises(ConfigError, match="this machine allows 1024"):
