@@ -10,7 +10,7 @@ counted as its ``config.json`` says.
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from megavlm.errors import ConfigError
+from megavlm.errors import ConfigError, MegavlmError
 from megavlm.image_tokenizers.build import ImageTokenizerConfig
 from megavlm.image_tokenizers.pixel import PixelTokenizerConfig
 from megavlm.settings import PathText, Settings
@@ -190,7 +190,25 @@ class Vocabulary:
         return np.asarray(ids) - self.first_code
 
 
-def train_text_model(texts: Iterable[str], path: Path, vocab_size: int) -> None:
+SENTENCE_BYTES = 4192
+"""SentencePiece leaves out longer texts without a word,"""
+UNSPEAKABLE = str.maketrans("\N{LOWER FIVE EIGHTHS BLOCK}\0", "  ")
+"""and those with these characters."""
+
+
+class TextCounts:
+    """What became of the texts that a model was trained on."""
+
+    def __init__(self):
+        self.texts = 0
+        """Texts that were used."""
+        self.empty = 0
+        """Texts without a character that shows."""
+        self.divided = 0
+        """Those of ``texts`` that were longer than SentencePiece takes, and were given to it in parts."""
+
+
+def train_text_model(texts: Iterable[str], path: Path, vocab_size: int) -> TextCounts:
     """Train a SentencePiece model (unigram, bytes for characters never seen) and write it to ``path``.
 
     Args:
@@ -198,14 +216,17 @@ def train_text_model(texts: Iterable[str], path: Path, vocab_size: int) -> None:
         path: Where to write the ``.model`` file.
         vocab_size: Upper bound; a small corpus gives a smaller vocabulary. At least 256 bytes plus its characters.
 
+    Returns:
+        What became of the texts.
+
     Raises:
         ConfigError: Where there is no text, or too few pieces for its characters.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = io.BytesIO()
+    model, counts, mistakes = io.BytesIO(), TextCounts(), []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
+            sentence_iterator=_sentences(texts, counts, mistakes),
             model_writer=model,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
@@ -218,5 +239,36 @@ def train_text_model(texts: Iterable[str], path: Path, vocab_size: int) -> None:
         raise ConfigError(
             f"no text model can be trained on these texts: {error}\n  do:    give more text, or another vocab_size"
         ) from error
+    finally:
+        if mistakes:
+            raise mistakes[0]
     # a model that is there already stays until there is another
     write_atomically(path, model.getvalue())
+    return counts
+
+
+def _sentences(texts: Iterable[str], counts: TextCounts, mistakes: list[MegavlmError]) -> Iterator[str]:
+    """The texts in parts that SentencePiece takes. It would hide what reading them raises: that goes into ``mistakes``."""
+    try:
+        for text in texts:
+            if not text.strip():
+                counts.empty += 1
+                continue
+            counts.texts += 1
+            counts.divided += len(text.encode("utf-8", "surrogatepass")) > SENTENCE_BYTES
+            yield from _parts(text.translate(UNSPEAKABLE))
+    except MegavlmError as error:
+        mistakes.append(error)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text cut at blanks, or anywhere where there are none, into parts of at most `SENTENCE_BYTES`."""
+    if len(text.encode("utf-8", "surrogatepass")) <= SENTENCE_BYTES:
+        yield text
+        return
+    begin, most = 0, SENTENCE_BYTES // 4  # a character has at most four bytes
+    while begin < len(text):
+        end = text.rfind(" ", begin + 1, begin + most) if len(text) - begin > most else len(text)
+        end = end if end > begin else begin + most
+        yield text[begin:end]
+        begin = end

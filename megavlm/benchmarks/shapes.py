@@ -281,6 +281,6 @@ def write(folder: Path, pixels: int, num_train: int, num_test: int, seed: int = 
                     Image.fromarray(render(shapes, pixels)).save(png, "PNG")
                     document = sample.model_dump_json(exclude_defaults=True).encode()
                     writer.write({"__key__": f"{split}-{number:08d}", "json": document, "img0.png": png.getvalue()})
-            written[path.name] = write_index(path).samples
+            written[path.name] = write_index(path, "megavlm").samples
     train_text_model(texts, folder / "text.model", vocab_size=512)
     return written

@@ -29,7 +29,7 @@ class CompressorCommands:
         learning_rate: float = 1e-3,
         max_images: Positive = 1_000_000,
         seed: int = 0,
-        format: str = "megavlm",
+        format: str = "",
         device: str = "",
         **overrides,
     ):
@@ -53,7 +53,7 @@ class CompressorCommands:
             learning_rate: Peak of the learning rate.
             max_images: Most images to read.
             seed: Seed of weights and data order.
-            format: How samples are written.
+            format: How samples are written; as the indexes say if not given.
             device: cpu or cuda; by default cuda where there is a GPU.
             overrides: Settings of the recipe to change: --vocabulary.image_tokenizer='{kind: vq, path: data/vq, height: 8, width: 8}'
         """
@@ -89,6 +89,7 @@ class CompressorCommands:
             lines = [f"  {'.'.join(map(str, m['loc']))} {m['msg']} (value {m['input']!r})" for m in error.errors()]
             raise ConfigError("the plug-in cannot be made:\n" + "\n".join(lines)) from error
         plan = Plan(steps, batch_images, learning_rate, max_images=max_images, seed=seed)
-        codes_Nhw = read_codes(expand_shards("shards", as_shards(shards)), source_of(format), tokenizer, max_images)
+        urls = expand_shards("shards", as_shards(shards))
+        codes_Nhw = read_codes(urls, source_of(urls, format), tokenizer, max_images)
         metrics = train_plug_in(codes_Nhw, tokenizer, codebook_VD, settings, Path(str(out)), plan, device)
         print(json.dumps({name: value for name, value in metrics.items() if name != "history"}, indent=1))

@@ -44,20 +44,24 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         written = shapes.write(Path(str(out)), pixels, num_train, num_test, seed)
         print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
 
-    def index(self, shards):
+    def index(self, shards, format: str = ""):
         """Count local shards and write an index beside each: shard.tar.index.json.
 
         Args:
             shards: Path, braces expand.
+            format: How samples are written; it is kept in the index, where every tool and recipe finds it.
         """
+        from megavlm.data.read.formats import find_format
         from megavlm.data.read.index import write_index
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.read.urls import is_local, local_path
 
+        if format:
+            find_format(format)
         for url in expand_shards("shards", as_shards(shards)):
             if not is_local(url):
                 raise ConfigError(f"{url} is not a local file\n  do:    write the index where the shard is, and copy both")
-            print(f"{url}: {write_index(Path(local_path(url))).samples} samples")
+            print(f"{url}: {write_index(Path(local_path(url)), format or None).samples} samples")
 
     def build(self, source: str, out: str, samples_per_shard: Positive = 1000, image_root: str = ""):
         """Write shards, with an index beside each, from a folder of images with captions or from a JSONL file.
@@ -75,27 +79,32 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         written = build_shards(Path(str(source)), Path(str(out)), samples_per_shard, root)
         print(f"{out}: {len(written)} shards with {sum(written.values())} samples")
 
-    def inspect(self, shards, format: str = "megavlm", out: str = "contact_sheet.png"):
+    def inspect(self, shards, format: str = "", out: str = "contact_sheet.png"):
         """Show the contents of shards: a table, every problem with its place, and a contact sheet.
 
         Args:
             shards: Path or URL, braces expand: "data/digits/generation-train-{00..07}.tar".
-            format: How samples are written.
+            format: How samples are written; as the indexes say if not given.
             out: Where the contact sheet goes (PNG).
         """
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.tools.inspect import inspect
 
-        text, has_images = inspect(expand_shards("shards", as_shards(shards)), source_of(format), Path(str(out)))
+        urls = expand_shards("shards", as_shards(shards))
+        text, has_images = inspect(urls, source_of(urls, format), Path(str(out)))
         print(f"{text}{f'contact sheet: {out}' if has_images else 'no images, no contact sheet'}")
 
-    def lint(self, shards, format: str = "megavlm", recipe: str = "", **overrides):
-        """Find every problem in shards, with shard and key. The exit status is 1 if there are any.
+    def lint(self, shards, format: str = "", recipe: str = "", each: bool = False, **overrides):
+        """Find the problems in shards. The exit status is 1 if there are any.
+
+        Problems of one kind are one entry, with their number and the shard and key of the first.
 
         Args:
             shards: Path or URL, braces expand.
-            format: How samples are written: megavlm, img2dataset, llava, text, interleaved, or module:function.
+            format: How samples are written: megavlm, img2dataset, llava, text, interleaved, or module:function; as the indexes say if
+                not given.
             recipe: Also check that samples fit the vocabulary and packs of this recipe.
+            each: Print every problem with its place.
             overrides: Settings of the recipe to change.
         """
         import sys
@@ -112,19 +121,20 @@ class DataCommands(TokenizerCommands, CompressorCommands):
             config = load_config(recipe, overrides)
             encoder = Parts(config).encoder
             check = lambda sample: encode_within(sample, encoder, config.data.sample_tokens, config.data.over_long)  # noqa: E731
-        report = lint(expand_shards("shards", as_shards(shards)), source_of(format), check)
-        for problem in report.problems:
+        urls = expand_shards("shards", as_shards(shards))
+        report = lint(urls, source_of(urls, format), check)
+        for problem in report.problems if each else report.grouped():
             print(problem)
         print(f"{report.num_samples} samples, {len(report.problems)} problems")
         if report.problems:
             sys.exit(1)
 
-    def stats(self, shards, format: str = "megavlm", recipe: str = "", out: str = "stats.png", **overrides):
+    def stats(self, shards, format: str = "", recipe: str = "", out: str = "stats.png", **overrides):
         """Count samples, tasks, images and lengths. Lengths are tokens with a recipe, otherwise characters.
 
         Args:
             shards: Path or URL, braces expand.
-            format: How samples are written.
+            format: How samples are written; as the indexes say if not given.
             recipe: The recipe whose tokenizers count the tokens.
             out: Histogram to write (PNG).
             overrides: Settings of the recipe to change.
@@ -141,14 +151,14 @@ class DataCommands(TokenizerCommands, CompressorCommands):
 
             encoder = Parts(load_config(recipe, overrides)).encoder
         urls = expand_shards("shards", as_shards(shards))
-        print(json.dumps(stats(urls, source_of(format), Path(str(out)), encoder), indent=1))
+        print(json.dumps(stats(urls, source_of(urls, format), Path(str(out)), encoder), indent=1))
 
-    def preview(self, shards, format: str = "megavlm", out: str = "preview.png", num: Positive = 40):
+    def preview(self, shards, format: str = "", out: str = "preview.png", num: Positive = 40):
         """Show the first samples: a contact sheet (PNG) and a page with the whole texts (HTML).
 
         Args:
             shards: Path or URL, braces expand.
-            format: How samples are written.
+            format: How samples are written; as the indexes say if not given.
             out: The contact sheet (PNG); the page goes beside it.
             num: Number of samples.
         """
@@ -156,7 +166,8 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         from megavlm.data.tools.describe import preview
 
         path = Path(str(out))
-        report, has_images = preview(expand_shards("shards", as_shards(shards)), source_of(format), path, num)
+        urls = expand_shards("shards", as_shards(shards))
+        report, has_images = preview(urls, source_of(urls, format), path, num)
         written = f"{path} and {path.with_suffix('.html')}" if has_images else f"{path.with_suffix('.html')}, no images for {path}"
         print(f"{written}, {len(report.problems)} problems on the way")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -14,32 +15,32 @@ from megavlm.errors import ConfigError
 class TokenizerCommands:
     """A part of the commands of `megavlm data`, which inherit from it."""
 
-    def tokenizer(self, shards, out: str, vocab_size: Positive = 32000, format: str = "megavlm"):
+    def tokenizer(self, shards, out: str, vocab_size: Positive = 32000, format: str = ""):
         """Train a SentencePiece model on texts.
 
         Args:
             shards: Path or URL of shards, braces expand; or text files (.txt), one text per line.
             out: The .model file to write.
             vocab_size: Most pieces of the model.
-            format: How samples are written.
+            format: How samples are written; as the indexes say if not given.
         """
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.tools.lint import Report, read_samples
         from megavlm.vocabulary import train_text_model
 
-        report = Report()
         urls = expand_shards("shards", as_shards(shards))
         files = [Path(url) for url in urls if url.endswith(".txt")]
         if files and len(files) < len(urls):
             raise ConfigError("shards and text files cannot be mixed\n  do:    give one or the other")
+        report = Report()
         if files:
-            texts = (line.rstrip("\n") for file in files for line in file.open(encoding="utf-8") if line.strip())
+            texts = _lines(files)
         else:
-            samples = read_samples(urls, source_of(format), report)
-            texts = (segment.text for sample in samples for segment in sample.segments if segment.text)
-        train_text_model(texts, Path(str(out)), vocab_size)
+            samples = read_samples(urls, source_of(urls, format), report)
+            texts = (segment.text for sample in samples for segment in sample.segments if segment.text is not None)
+        counts = train_text_model(texts, Path(str(out)), vocab_size)
         where = f"{len(files)} files" if files else f"{report.num_samples} samples, {len(report.problems)} of them left out as broken"
-        print(f"{out}: trained on {where}")
+        print(f"{out}: trained on {counts.texts} texts of {where}; {counts.empty} empty texts left out, {counts.divided} long ones divided")
 
     def image_tokenizer(
         self,
@@ -55,7 +56,7 @@ class TokenizerCommands:
         channels: Positive = 64,
         max_images: Positive = 50_000,
         seed: int = 0,
-        format: str = "megavlm",
+        format: str = "",
         device: str = "",
     ):
         """Train a small VQ image tokenizer on the images of shards; see `megavlm.image_tokenizers.vq_training`.
@@ -75,7 +76,7 @@ class TokenizerCommands:
             channels: Width of the network, a multiple of 32.
             max_images: Most images to read.
             seed: Seed of weights and data order.
-            format: How samples are written.
+            format: How samples are written; as the indexes say if not given.
             device: cpu or cuda; by default cuda where there is a GPU.
         """
         from megavlm.data.read.shards import expand_shards
@@ -84,7 +85,9 @@ class TokenizerCommands:
 
         plan = Plan(codebook_size, height, width, pixels, steps, batch_images, learning_rate, channels, max_images, seed)
         urls = expand_shards("shards", as_shards(shards))
-        print(json.dumps(train_tokenizer(read_images(urls, source_of(format)), Path(str(out)), plan, device or _devices()[0]), indent=1))
+        print(
+            json.dumps(train_tokenizer(read_images(urls, source_of(urls, format)), Path(str(out)), plan, device or _devices()[0]), indent=1)
+        )
 
     def encode(
         self,
@@ -120,22 +123,35 @@ class TokenizerCommands:
         print(f"{out}: {encoded} shards encoded, {there} were there")
 
 
+def _lines(files: list[Path]) -> Iterator[str]:
+    """The lines of text files."""
+    for file in files:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield line.decode("utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise ConfigError(f"{file}: line {number} is not UTF-8: {error}\n  do:    write text as UTF-8") from error
+
+
 def as_shards(value) -> str | list[str]:
     """Shards as the command line gives them."""
     return [str(url) for url in value] if isinstance(value, (list, tuple)) else str(value)
 
 
-def source_of(format: str):
-    """A `SourceConfig` of a format.
+def source_of(urls: list[str], format: str):
+    """A `SourceConfig` of the format that is given, or, without one, of that which the shards' indexes name.
 
     Raises:
         ConfigError: If there is no such format.
     """
     from megavlm.data.read.formats import find_format
+    from megavlm.data.read.index import format_of
     from megavlm.data.read.source import SourceConfig
 
-    find_format(format)
-    return SourceConfig(shards="none", format=format)
+    name = format_of(urls, format or None)
+    find_format(name)
+    return SourceConfig(shards="none", format=name)
 
 
 def _devices() -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from megavlm.config import RunConfig, load_config, save_config
 from megavlm.data.pack.config import DataConfig
 from megavlm.data.pack.mixture import held_share, token_shares
+from megavlm.data.read.index import format_of
 from megavlm.data.tools.tokenize import check_codes
 from megavlm.errors import ConfigError
 from megavlm.parts.fitness import check_look_ahead, check_model
@@ -69,6 +70,9 @@ def _resolve_alone(parts: Parts, folder: RunFolder, world_size: int) -> Parts:
         )
     for source in parts.sources:
         check_codes(list(source.urls), tokenizer)
+        format_of(list(source.urls), config.data.sources[source.name].format, f"data.sources.{source.name}")
+    parts = parts.replaced(data=config.data.model_copy(update={"sources": {source.name: source.config for source in parts.sources}}))
+    config = parts.config
     if config.monitor.sample_every_steps and not tokenizer.has_decoder:
         raise ConfigError(
             "monitor.sample_every_steps: the image tokenizer cannot decode, so there is nothing to show\n"

@@ -56,7 +56,8 @@ class DataConfig(Settings):
     """Upper bound of a pack's length in tokens (memory)."""
     pack_rows: Annotated[Positive, Field(le=MOST_TOKENS)] | None = None
     """Upper bound of a pack's rows per layer, averaged over the layers: what it holds for the backward pass. The bound holds at every
-    moment of the route's schedule: where more is kept, packs are shorter. No sample may be longer. By default only `pack_tokens` bounds packs."""
+    moment of the route's schedule: where more is kept, packs are shorter. No sample may be longer.
+    By default only `pack_tokens` bounds packs."""
     weights: Literal["samples", "tokens"] = "samples"
     """What the weights of the sources are shares of."""
     temperature: Annotated[Number, Field(ge=0.1, le=1000)] = 1.0

@@ -7,6 +7,7 @@ from typing import Any
 
 from megavlm.data.pack.config import WhenSourcesChange
 from megavlm.data.read.formats import find_format
+from megavlm.data.read.index import format_of
 from megavlm.data.read.shards import expand_shards
 from megavlm.data.read.source import SourceConfig
 from megavlm.errors import ConfigError
@@ -32,10 +33,18 @@ class Source:
 
 
 def make_sources(config: dict[str, SourceConfig]) -> list[Source]:
-    """The sources of a recipe (name → `SourceConfig`), in its order."""
-    for source in config.values():
-        find_format(source.format)
-    return [Source(name, tuple(expand_shards(name, source.shards)), source) for name, source in config.items()]
+    """The sources of a recipe (name → `SourceConfig`), in its order, with their formats."""
+    return [_make_source(name, source) for name, source in config.items()]
+
+
+def _make_source(name: str, config: SourceConfig) -> Source:
+    # what is known needs no look at the indexes, which may be many
+    if config.format:
+        find_format(config.format)
+    urls = expand_shards(name, config.shards)
+    sample_format = config.format or format_of(urls, None, f"data.sources.{name}")
+    find_format(sample_format)
+    return Source(name, tuple(urls), config.model_copy(update={"format": sample_format}))
 
 
 def differences(state: State, sources: list[Source]) -> dict[str, list[str]]:

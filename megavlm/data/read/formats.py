@@ -23,6 +23,7 @@ from collections.abc import Callable
 import numpy as np
 from pydantic import ValidationError
 
+from megavlm.data.read.index import DEFAULT_FORMAT
 from megavlm.data.read.llava import llava_images
 from megavlm.data.read.sample import (
     IMAGE_TYPES,
@@ -90,7 +91,7 @@ def parse(key: str, members: Members, source, coordinates: Coordinates, seed: in
         return stream(seed, Purpose.FORMAT, *coordinates[:4])
 
     try:
-        record, members = find_format(source.format)(key, members, source, rng)
+        record, members = find_format(source.format or DEFAULT_FORMAT)(key, members, source, rng)
     except ValidationError as error:
         raise DataError(f"the sample is not usable: {error.errors()[0]['msg']}", "correct or remove the sample") from error
     return make_sample(key, record, members, coordinates)

@@ -1,6 +1,7 @@
-"""The index beside a shard, ``shard.tar.index.json``: how many samples it holds, and how long it was when that was counted."""
+"""The index beside a shard, ``shard.tar.index.json``: how many samples it holds, how they are written, and its size then."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -8,8 +9,11 @@ from pydantic import Field, ValidationError
 
 from megavlm.data.read.shards import read_shard
 from megavlm.data.read.urls import is_local, local_path
+from megavlm.errors import ConfigError
 from megavlm.settings import Settings
 from megavlm.system.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".index.json"
 
@@ -22,13 +26,57 @@ class ShardIndex(Settings):
     """Size of the shard; an index of another size is out of date."""
     samples: Annotated[int, Field(ge=0)]
     """Number of its samples."""
+    sample_format: str | None = None
+    """How they are written, as in a recipe; None if nobody said so."""
 
 
-def write_index(path: Path) -> ShardIndex:
-    """Count a local shard and write its index beside it."""
-    index = ShardIndex(bytes=path.stat().st_size, samples=sum(1 for _ in read_shard(str(path))))
+DEFAULT_FORMAT = "megavlm"
+
+
+def write_index(path: Path, sample_format: str | None = None) -> ShardIndex:
+    """Count a local shard and write its index beside it.
+
+    Args:
+        path: Of the shard.
+        sample_format: How its samples are written; what an index that is there says if not given.
+    """
+    known = read_index(str(path))
+    index = ShardIndex(
+        bytes=path.stat().st_size,
+        samples=sum(1 for _ in read_shard(str(path))),
+        sample_format=sample_format or (known and known.sample_format),
+    )
     write_atomically(path.with_name(path.name + SUFFIX), index.model_dump_json())
     return index
+
+
+def format_of(urls: list[str], given: str | None, name: str = "the shards") -> str:
+    """How the samples of some shards are written: as given, else as their indexes say, else `megavlm`.
+
+    Args:
+        urls: The shards.
+        given: By the user, who is right; indexes that say otherwise are named in the log.
+        name: What the shards are called in messages.
+
+    Raises:
+        ConfigError: If nothing is given, and the indexes of two shards contradict each other.
+    """
+    said: dict[str, str] = {}
+    for url in urls:
+        if (index := read_index(url)) and index.sample_format:
+            said.setdefault(index.sample_format, url)
+    if given:
+        for found, url in said.items():
+            if found != given:
+                log.warning("%s: the index of %s says format %s; %s is taken, as was asked for", name, url, found, given)
+        return given
+    if len(said) > 1:
+        places = "".join(f"\n  {found}: {url}" for found, url in said.items())
+        raise ConfigError(
+            f"{name}: the indexes say different formats:{places}\n"
+            "  do:    give the format, or correct the indexes with `megavlm data index SHARDS --format=FORMAT`"
+        )
+    return next(iter(said), DEFAULT_FORMAT)
 
 
 def read_index(url: str) -> ShardIndex | None:

@@ -61,8 +61,9 @@ def read_shard(url: str, source: str = "", open_url: Callable[[str], BinaryIO] =
     Raises:
         DataError: Where the shard cannot be opened or ends before its end.
     """
-    path = url.partition("?")[0].lower().removesuffix(".gz")
-    read = _read_lines if path.endswith(".jsonl") else _read_list if path.endswith(".json") else _read_tar
+    read = _read_tar
+    if is_lines(url):
+        read = _read_lines if _path(url).endswith(".jsonl") else _read_list
     try:
         with reading_shard(source, url):
             check_exists(url)
@@ -79,6 +80,15 @@ def refuse_unread(members: Members) -> None:
     """Raise a DataError, without a place, if a member of a sample could not be had."""
     if PROBLEM in members:
         raise DataError(members[PROBLEM].decode("utf-8", "backslashreplace"), "write the shard again without it, or correct it")
+
+
+def is_lines(url: str) -> bool:
+    """Whether a shard is JSON, whose samples have places and no keys."""
+    return _path(url).endswith((".jsonl", ".json"))
+
+
+def _path(url: str) -> str:
+    return url.partition("?")[0].lower().removesuffix(".gz")
 
 
 def _read_tar(stream: BinaryIO) -> Iterator[tuple[str, Members]]:

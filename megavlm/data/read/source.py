@@ -28,8 +28,9 @@ class SourceConfig(Settings):
     source with `repeat: 1`. Needs indexes (`megavlm data index`)."""
     epochs: Positive | None = None
     """The source ends after this many epochs (1 for evaluation). By default it is endless."""
-    format: str = "megavlm"
-    """How samples are written: megavlm, img2dataset, llava, text, interleaved, or `module:function` (see `megavlm.data.read.formats`)."""
+    format: str | None = None
+    """How samples are written: megavlm, img2dataset, llava, text, interleaved, or `module:function` (see `megavlm.data.read.formats`).
+    By default as the shards' indexes say, and megavlm where they do not."""
     generation_ratio: Share = 0.5
     """img2dataset, interleaved: share of the images that are drawn instead of read."""
     caption_requests: Annotated[list[str], Field(min_length=1)] = ["Describe the image.", "What does the image show?"]

@@ -18,6 +18,8 @@ from megavlm.errors import DataError
 from megavlm.system.pictures import pyplot, save_figure, save_grid
 from megavlm.vocabulary import Vocabulary
 
+THUMBNAIL_PIXELS = 256
+
 
 def stats(urls: list[str], source, out: Path, encoder: Encoder | None = None) -> dict:
     """Count what is in shards.
@@ -44,8 +46,7 @@ def stats(urls: list[str], source, out: Path, encoder: Encoder | None = None) ->
             else:
                 length = sum(len(s.text or "") for s in sample.segments)
         except DataError as error:
-            error.shard, error.key = urls[sample.coordinates.shard], sample.key
-            report.problems.append(error)
+            report.add(error, urls[sample.coordinates.shard], sample.key)
             continue
         tasks[sample.task] += 1
         sizes.update(f"{im.shape[1]}x{im.shape[0]}{' codes' if im.dtype == np.int64 else ''}" for im in sample.images.values())
@@ -112,11 +113,22 @@ def preview(urls: list[str], source, out: Path, num_samples: int = 40) -> tuple[
 
 def contact_sheet(samples: list[Sample], out: Path) -> bool:
     """Write a PNG with the first image of each sample that has one; whether there was any."""
-    shown = [sample for sample in samples if sample.images]
-    if shown:
-        images = [_pixels(next(iter(sample.images.values()))) for sample in shown]
-        save_grid(images, [f"{sample.task}\n{_text(sample)[:34]}" for sample in shown], out, columns=8)
-    return bool(shown)
+    return write_sheet([thumbnail(sample) for sample in samples if sample.images], out)
+
+
+def thumbnail(sample: Sample) -> tuple[np.ndarray, str]:
+    """The first image of a sample, made small, and a caption."""
+    image = Image.fromarray(_pixels(next(iter(sample.images.values()))))
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    return np.array(image), f"{sample.task}\n{_text(sample)[:34]}"
+
+
+def write_sheet(thumbnails: list[tuple[np.ndarray, str]], out: Path) -> bool:
+    """Write a PNG of thumbnails; whether there was any."""
+    if thumbnails:
+        images, captions = zip(*thumbnails)
+        save_grid(images, captions, out, columns=8)
+    return bool(thumbnails)
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:

@@ -1,17 +1,37 @@
-"""What is in some shards: a table and a contact sheet."""
+"""What is in some shards: a table and a contact sheet. Samples are read one at a time, and only a few thumbnails are kept."""
 
 import io
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megavlm.data.tools.describe import contact_sheet
+from megavlm.data.read.sample import Sample
+from megavlm.data.tools.describe import thumbnail, write_sheet
 from megavlm.data.tools.lint import Report, read_samples
 
 SHEET_SAMPLES = 40
+
+
+@dataclass
+class _Found:
+    """What one shard holds."""
+
+    samples: int = 0
+    images: int = 0
+    characters: int = 0
+    tasks: Counter = field(default_factory=Counter)
+    sizes: Counter = field(default_factory=Counter)
+
+    def add(self, sample: Sample) -> None:
+        self.samples += 1
+        self.images += len(sample.images)
+        self.characters += sum(len(segment.text or "") for segment in sample.segments)
+        self.tasks[sample.task] += 1
+        self.sizes.update(f"{im.shape[1]}x{im.shape[0]}" + (" codes" if im.dtype == np.int64 else "") for im in sample.images.values())
 
 
 def inspect(urls: list[str], source, out: Path) -> tuple[str, bool]:
@@ -23,30 +43,30 @@ def inspect(urls: list[str], source, out: Path) -> tuple[str, bool]:
         out: Contact sheet to write (PNG).
 
     Returns:
-        A table of what each shard holds and the problems found, one per line; whether there were images for the sheet.
+        A table of what each shard holds and the kinds of problems found; whether there were images for the sheet.
     """
     table = Table("shard", "samples", "tasks", "images", "sizes", "characters", "problems")
-    problems, shown = [], []
+    report, thumbnails, num_shown = Report(), [], 0
     for url in urls:
-        found = Report()
-        samples = list(read_samples([url], source, found))
-        problems += found.problems
-        shown += samples[: max(0, SHEET_SAMPLES - len(shown))]
-        images = [image for sample in samples for image in sample.images.values()]
-        characters = [sum(len(segment.text or "") for segment in sample.segments) for sample in samples]
+        found, num_before = _Found(), len(report.problems)
+        for sample in read_samples([url], source, report):
+            found.add(sample)
+            num_shown += 1
+            if num_shown <= SHEET_SAMPLES and sample.images:
+                thumbnails.append(thumbnail(sample))
         table.add_row(
             url.rsplit("/", 1)[-1],
-            str(len(samples)),
-            _counts(sample.task for sample in samples),
-            str(len(images)),
-            _counts(f"{im.shape[1]}x{im.shape[0]}" + (" codes" if im.dtype == np.int64 else "") for im in images),
-            f"{np.mean(characters):.0f} on average" if characters else "",
-            str(len(found.problems)),
+            str(found.samples),
+            _most_common(found.tasks),
+            str(found.images),
+            _most_common(found.sizes),
+            f"{found.characters / found.samples:.0f} on average" if found.samples else "",
+            str(len(report.problems) - num_before),
         )
     text = io.StringIO()
     Console(file=text, width=140).print(table)
-    return text.getvalue() + "".join(f"{problem}\n" for problem in problems), contact_sheet(shown, out)
+    return text.getvalue() + "".join(f"{problem}\n" for problem in report.grouped()), write_sheet(thumbnails, out)
 
 
-def _counts(values) -> str:
-    return ", ".join(f"{value}: {count}" for value, count in Counter(values).most_common(4))
+def _most_common(counter: Counter) -> str:
+    return ", ".join(f"{value}: {count}" for value, count in counter.most_common(4))

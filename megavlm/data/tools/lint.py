@@ -1,6 +1,7 @@
 """Every problem of some shards, each with its shard and key. Reads to the end, executes nothing, and writes nothing."""
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from megavlm.data.read import formats
 from megavlm.data.read.place import reading_sample
 from megavlm.data.read.sample import Coordinates, Sample
-from megavlm.data.read.shards import read_shard
+from megavlm.data.read.shards import is_lines, read_shard
 from megavlm.data.read.urls import Opener
 from megavlm.errors import DataError
 
@@ -24,6 +25,25 @@ class Report:
     problems: list[DataError] = field(default_factory=list)
     """One for each bad sample, broken shard and repeated key."""
 
+    def add(self, error: DataError, shard: str, key: str = "") -> None:
+        """Note a problem of a sample, or of a shard; whatever was being read is let go."""
+        self.problems.append(DataError(error.what, error.remedy, error.source, shard, key or error.key))
+
+    def grouped(self) -> list[str]:
+        """A text for each kind of problem, in the order of their first ones; numbers and names do not tell kinds apart."""
+        kinds: dict[tuple[str, str], list[DataError]] = {}
+        for problem in self.problems:
+            kinds.setdefault((PARTICULARS.sub("…", problem.what), PARTICULARS.sub("…", problem.remedy)), []).append(problem)
+        return [_of_kind(problems) for problems in kinds.values()]
+
+
+PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\d+")
+
+
+def _of_kind(problems: list[DataError]) -> str:
+    first = str(problems[0])
+    return first if len(problems) == 1 else f"{len(problems)} x " + first.replace("\n  where: ", "\n  first: ", 1)
+
 
 def read_samples(urls: list[str], source, report: Report, open_url=Opener()) -> Iterator[Sample]:
     """The good samples of some shards; everything else goes into ``report``.
@@ -36,22 +56,25 @@ def read_samples(urls: list[str], source, report: Report, open_url=Opener()) -> 
     """
     keys: set[str] = set()
     for shard, url in enumerate(urls):
+        # keys of lines and lists are their places, the same in every file
+        if is_lines(url):
+            keys = set()
         try:
             for index, (key, members) in enumerate(read_shard(url, "", open_url)):
                 report.num_samples += 1
                 if key in keys:
                     what = "the key was there before: samples cannot be told apart by it"
-                    report.problems.append(DataError(what, "give every sample a key of its own", "", url, key))
+                    report.add(DataError(what, "give every sample a key of its own"), url, key)
                 keys.add(key)
                 try:
                     with reading_sample("", url, key):
                         sample = formats.parse(key, members, source, Coordinates(0, 0, shard, index), 0)
                 except DataError as error:
-                    report.problems.append(error)
+                    report.add(error, url, key)
                     continue
                 yield sample
         except DataError as error:
-            report.problems.append(error)
+            report.add(error, url)
 
 
 def lint(urls: list[str], source, check: Callable[[Sample], object] = lambda sample: None) -> Report:
@@ -70,5 +93,5 @@ def lint(urls: list[str], source, check: Callable[[Sample], object] = lambda sam
                 with reading_sample("", urls[sample.coordinates.shard], sample.key):
                     check(sample)
             except DataError as error:
-                report.problems.append(error)
+                report.add(error, urls[sample.coordinates.shard], sample.key)
     return report

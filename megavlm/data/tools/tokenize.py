@@ -69,7 +69,8 @@ def encode_shards(urls: list[str], out: Path, tokenizer: ImageTokenizer, process
         if not (out / name).is_file():
             missing.append((url, out / name))
         elif read_index(str(out / name)) is None:
-            write_index(out / name)  # interrupted between the shard and its index
+            known = read_index(url)
+            write_index(out / name, known and known.sample_format)  # interrupted between the shard and its index
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     for number in range(processes):
@@ -115,7 +116,8 @@ def encode_shard(url: str, path: Path, tokenizer: ImageTokenizer) -> Counter:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    write_index(path)
+    known = read_index(url)
+    write_index(path, known and known.sample_format)
     return losses
 
 
