@@ -30,7 +30,7 @@ FIXED = ("seed", "model.architecture", "vocabulary", "data.num_lanes")
 """Settings that the weights or the data's state depend on: a run cannot go on with others. Changed sources are the lanes' affair
 (`data.when_sources_change`)."""
 
-FOUND_FOR = ("data.sources", "data.pack_tokens", "data.over_long", "data.unconditional_ratio")
+FOUND_FOR = ("data.sources", "data.pack_tokens", "data.pack_rows", "data.over_long", "data.unconditional_ratio")
 """Settings that the mixture was found out for."""
 
 

@@ -10,7 +10,7 @@ from megavlm.errors import ConfigError
 from megavlm.parts import resolve as resolving
 from megavlm.runs.folder import RunFolder
 
-WORLD = SimpleNamespace(device=torch.device("cpu"), is_main=True, gather=lambda value: [value])
+WORLD = SimpleNamespace(size=1, device=torch.device("cpu"), is_main=True, gather=lambda value: [value])
 
 
 @pytest.fixture
