@@ -9,6 +9,7 @@ import torch
 from megavlm.errors import ConfigError
 from megavlm.parts import resolve as resolving
 from megavlm.runs.folder import RunFolder
+from megavlm.vocabulary import train_text_model
 
 WORLD = SimpleNamespace(size=1, device=torch.device("cpu"), is_main=True, gather=lambda value: [value])
 
@@ -40,7 +41,7 @@ def test_settings_that_cannot_change_are_refused_by_name(begun, digits_folder, t
 
 def test_another_text_model_at_the_same_path_is_refused(begun, tmp_path):
     kept = (tmp_path / "run" / "text.model").read_bytes()
-    (tmp_path / "text.model").write_bytes(kept + b"\x0a\x00")
+    train_text_model(["other words"] * 20, tmp_path / "text.model", 300)
     with pytest.raises(ConfigError, match="vocabulary.text_model: .* is no longer the model"):
         begun()
     assert (tmp_path / "run" / "text.model").read_bytes() == kept
