@@ -150,6 +150,8 @@ def _record(key: str, place: str, line: bytes, root: Path) -> Draft:
             for segment in record["segments"]:
                 if segment.get("image"):
                     segment["image"] = f"img{names.index(segment['image'])}"
+        elif files:
+            record["image"] = list(files)
         if unknown := [name for name in names if Path(name).suffix.lower() not in KINDS]:
             raise DataError(f"{unknown[0]!r} is no image that can be read", f"write it as one of {', '.join(KINDS)}")
         document = json.dumps(record, ensure_ascii=False).encode()
