@@ -28,7 +28,11 @@ class DataError(MegavlmError):
     """
 
     def __init__(self, what: str, remedy: str, source: str = "", shard: str = "", key: str = ""):
-        self.what, self.remedy, self.source, self.shard, self.key = what, remedy, source, shard, key
+        self.what = what
+        self.remedy = remedy
+        self.source = source
+        self.shard = shard
+        self.key = key
         super().__init__(what, remedy, source, shard, key)
 
     def __str__(self) -> str:

@@ -163,7 +163,8 @@ class Vocabulary:
     """
 
     def __init__(self, text_model: str | Path, codebook_size: int):
-        self.text_model, self.text = Path(text_model), load_text_tokenizer(text_model)
+        self.text_model = Path(text_model)
+        self.text = load_text_tokenizer(text_model)
         self.num_text = self.text.num_text
         self.codebook_size = codebook_size
         self.bos, self.eos, self.boi, self.eoi, self.unconditional = (self.num_text + i for i in range(len(SPECIALS)))

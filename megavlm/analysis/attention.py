@@ -59,8 +59,11 @@ class AttentionWatch:
     """
 
     def __init__(self, shape: ModelShape, vocabulary: Vocabulary, seed: int, num_rows: int = 16, num_sequences: int = 4):
-        self.shape, self.vocabulary, self.seed = shape, vocabulary, seed
-        self.num_rows, self.num_sequences = num_rows, num_sequences
+        self.shape = shape
+        self.vocabulary = vocabulary
+        self.seed = seed
+        self.num_rows = num_rows
+        self.num_sequences = num_sequences
         self.counts_LC2 = np.zeros((shape.num_layers, NUM_CELLS, 2))
         self._sums_LGCX: torch.Tensor | None = None
 

@@ -111,7 +111,10 @@ class Probe:
         task_weights: Mapping[TaskName, float],
         device: torch.device,
     ):
-        self.backbone, self.shape, self.groups, self.num_sources = backbone, shape, groups, num_sources
+        self.backbone = backbone
+        self.shape = shape
+        self.groups = groups
+        self.num_sources = num_sources
         self.weights_t = np.array([task_weights.get(task, 1.0) for task in TASKS])
         self.device = device
         self.dense = measure(backbone, self.packs(groups, Dense(), Dense()), device)

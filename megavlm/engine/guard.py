@@ -77,7 +77,9 @@ class Guard:
             loss: Loss of the whole step, the same on all ranks; 0-dimensional.
             norm_of: Gives the gradient norm, once DeepSpeed has computed it; the same on all ranks.
         """
-        self._loss, self._norm_of, self._found_inf = loss, norm_of, None
+        self._loss = loss
+        self._norm_of = norm_of
+        self._found_inf = None
 
     @property
     def found_inf(self) -> torch.Tensor | None:
@@ -146,7 +148,8 @@ class Guard:
 
     def load_state(self, state: dict) -> None:
         """Take over ``state()`` of an earlier session; a history of another length is begun anew."""
-        self.num_skipped, self.num_skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.num_skipped = state["skipped"]
+        self.num_skipped_in_a_row = state["skipped_in_a_row"]
         if len(state["history"][0]) == self._history_2W.shape[1]:
             self._history_2W.copy_(torch.tensor(state["history"]))
             self._count.fill_(state["count"])

@@ -34,7 +34,8 @@ class Staging:
     """
 
     def __init__(self, rank: int, mesh: DeviceMesh):
-        self.rank, self.mesh = rank, mesh
+        self.rank = rank
+        self.mesh = mesh
         self._buffers: dict[str, torch.Tensor] = {}
 
     def copy_from(self, engine: Engine) -> dict[str, DTensor]:

@@ -31,8 +31,11 @@ class Layer(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm_self, self.norm_cross, self.norm_wide = (nn.LayerNorm(width) for _ in range(3))
-        self.qkv, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.q, self.kv, self.cross_out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.self_out = nn.Linear(width, width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.cross_out = nn.Linear(width, width)
         self.wide = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def of_memory(self, memory_NPW: torch.Tensor) -> KeysValues:
@@ -73,7 +76,8 @@ class Decompressor(nn.Module):
     def __init__(self, settings: PlugInSettings):
         super().__init__()
         width, depth = settings.hidden_width, settings.embedding_width
-        self.into, self.memory_into = nn.Linear(depth, width), nn.Linear(depth, width)
+        self.into = nn.Linear(depth, width)
+        self.memory_into = nn.Linear(depth, width)
         self.start_D = nn.Parameter(torch.zeros(depth))
         self.place_LW = nn.Parameter(PLACE_STD * torch.randn(settings.num_dense, width))
         # a compressed token starts with the places of its block, so that codes find their tokens in fewer steps
@@ -81,8 +85,10 @@ class Decompressor(nn.Module):
         globals_GW = PLACE_STD * torch.randn(settings.num_global, width)
         self.memory_place_PW = nn.Parameter(torch.cat([globals_GW, settings.factor * pool(place_1hwW, settings.factor)[0]]))
         self.layers = nn.ModuleList(Layer(width, settings.num_heads) for _ in range(settings.num_layers))
-        self.norm, self.memory_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_embedding, self.to_code = nn.Linear(width, depth), nn.Linear(width, settings.num_dense_codes)
+        self.norm = nn.LayerNorm(width)
+        self.memory_norm = nn.LayerNorm(width)
+        self.to_embedding = nn.Linear(width, depth)
+        self.to_code = nn.Linear(width, settings.num_dense_codes)
 
     def forward(self, tokens_NPD: torch.Tensor, dense_NLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Regressed embeddings ``[N, L, D]`` and logits ``[N, L, V]`` of every place, from the right codes before it (teacher forcing).

@@ -169,7 +169,8 @@ class Codebook:
     """
 
     def __init__(self, weight_VC: torch.Tensor, z_MC: torch.Tensor, seed: int):
-        self.weight_VC, self.generator = weight_VC, torch.Generator().manual_seed(seed)
+        self.weight_VC = weight_VC
+        self.generator = torch.Generator().manual_seed(seed)
         clusters = MiniBatchKMeans(len(weight_VC), batch_size=4096, n_init=cast(Any, 1), random_state=seed).fit(z_MC.cpu().numpy())
         self.sum_VC = torch.from_numpy(clusters.cluster_centers_).to(weight_VC)
         self.count_V = torch.ones(len(weight_VC), device=weight_VC.device)

@@ -76,7 +76,8 @@ class Backbone(nn.Module):
         feature_width: int = 0,
     ):
         super().__init__()
-        self.causal_lm, self.selectors = causal_lm, plan.selectors
+        self.causal_lm = causal_lm
+        self.selectors = plan.selectors
         self.num_groups = num_sources * len(TASKS)
         self.num_chunks = math.ceil(max_labels / chunk_rows)
         self.activation_checkpointing = activation_checkpointing
@@ -84,7 +85,8 @@ class Backbone(nn.Module):
         """Sees every layer of every pack until it is taken away again; see `hidden_states`."""
         shape = ModelShape.of(causal_lm.config)
         self.reader = nn.Linear(feature_width, shape.width) if feature_width else None
-        self.gates, self.injectors = nn.ModuleDict(), nn.ModuleDict()
+        self.gates = nn.ModuleDict()
+        self.injectors = nn.ModuleDict()
         for task in (Task.UNDERSTANDING, Task.GENERATION):
             for layer in plan.layers_that("gate", task):
                 self.gates[f"{task}_{layer}"] = nn.Linear(shape.width, 1)

@@ -206,7 +206,8 @@ class LayerCache:
 
     def __init__(self, num_sequences: int, capacity: int, like_KHd: torch.Tensor):
         shape = (num_sequences, capacity, *like_KHd.shape[1:])
-        self.k_BLHd, self.v_BLHd = like_KHd.new_zeros(shape), like_KHd.new_zeros(shape)
+        self.k_BLHd = like_KHd.new_zeros(shape)
+        self.v_BLHd = like_KHd.new_zeros(shape)
         self.bias_BL = like_KHd.new_zeros(shape[:2])
         self.lengths_B = torch.zeros(num_sequences, dtype=torch.int64, device=like_KHd.device)
 

@@ -42,7 +42,9 @@ class Meters:
     """
 
     def __init__(self, world: World, sources: Sequence[str], stages: Sequence[tuple[int, int]]):
-        self.world, self.sources, self.stages = world, sources, stages
+        self.world = world
+        self.sources = sources
+        self.stages = stages
         self.totals = dict.fromkeys(TOTALS, 0.0)
         self._reset()
 
@@ -51,10 +53,12 @@ class Meters:
         self.loss_sums = torch.zeros(len(self.sources) * len(TASKS), device=self.world.device)
         self.labels = np.zeros(len(self.sources) * len(TASKS))
         self.tokens = self.samples = self.data_wait_s = 0.0
-        self.flops, self.dense_flops = np.zeros(len(TASKS)), np.zeros(len(TASKS))
+        self.flops = np.zeros(len(TASKS))
+        self.dense_flops = np.zeros(len(TASKS))
         self.kept = np.zeros((len(self.stages), 2))
         self.images = np.zeros(2)
-        self.begin_s, self.begin_cpu_s = time.perf_counter(), time.process_time()
+        self.begin_s = time.perf_counter()
+        self.begin_cpu_s = time.process_time()
 
     def add_pack(self, pack: Pack, loss_sums: torch.Tensor) -> None:
         """Count a pack and its sums of cross-entropy per (source, task); nothing is read back from the device."""
@@ -84,7 +88,8 @@ class Meters:
         here = self._parts()
         if len(sums) != sum(map(len, here)):  # another policy has other stages: count from 0
             return
-        self.num_steps, self.begin_s = first["num_steps"], time.perf_counter() - first["seconds"]
+        self.num_steps = first["num_steps"]
+        self.begin_s = time.perf_counter() - first["seconds"]
         if not self.world.is_main:
             return
         ends = np.cumsum([len(part) for part in here])

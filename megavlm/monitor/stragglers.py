@@ -46,7 +46,8 @@ class Stragglers:
     """
 
     def __init__(self, world: World, file: Path):
-        self.world, self.file = world, file
+        self.world = world
+        self.file = file
         size = 2048 if world.device.type == "cuda" else 192
         self._matrix = torch.ones(size, size, device=world.device)
         self._reset()

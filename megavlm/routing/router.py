@@ -77,7 +77,8 @@ class Router:
         Rows that were not active keep what they had: zeros, if they never were.
         """
         if active is None:
-            self._q_THd, self._k_THd = q_KHd, k_KHd
+            self._q_THd = q_KHd
+            self._k_THd = k_KHd
             return
         if not len(self._q_THd):
             self._q_THd = q_KHd.new_zeros(len(self.h_TD), *q_KHd.shape[1:])

@@ -42,7 +42,8 @@ class RunEnded(Exception):
     """
 
     def __init__(self, code: Exit, reason: str):
-        self.code, self.reason = code, reason
+        self.code = code
+        self.reason = reason
         super().__init__(reason)
 
 

@@ -135,6 +135,7 @@ def damage(run: Path, kind: str, name: str, chance: random.Random) -> None:
 
 def _refuse_to_read(path: Path) -> None:
     """Root may read everything, so the file system's answer is given here."""
+
     def open_(file, mode="r", *args, **options):
         if not isinstance(file, int) and os.fspath(file) == str(path) and not set(mode) & set("wxa"):
             raise OSError(errno.EIO, "Input/output error", str(path))

@@ -44,8 +44,13 @@ class Cursor:
     """
 
     def __init__(self, source: Source, number: int, lane: int, num_lanes: int, seed: int, state: list[int], open_url):
-        self.source, self.number, self.lane, self.num_lanes, self.seed = source, number, lane, num_lanes, seed
-        self.state, self.open_url = list(state), open_url
+        self.source = source
+        self.number = number
+        self.lane = lane
+        self.num_lanes = num_lanes
+        self.seed = seed
+        self.state = list(state)
+        self.open_url = open_url
         self._samples = self._read()
 
     def __next__(self) -> Raw:

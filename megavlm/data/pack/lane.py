@@ -76,12 +76,18 @@ class Lane:
         seed: int,
         state: State | None = None,
     ):
-        self.number, self.sources, self.encoder, self.costing = number, sources, encoder, costing
-        self.mixture, self.config, self.seed = mixture, config, seed
+        self.number = number
+        self.sources = sources
+        self.encoder = encoder
+        self.costing = costing
+        self.mixture = mixture
+        self.config = config
+        self.seed = seed
         self.open_url = Opener(config.retries, config.cache_dir, config.cache_gib)
         self.shares = token_shares(mixture, config)
         state = self._adapted(state) if state else self._beginning()
-        self.num_packs, self.counts = state["pack"], dict.fromkeys(COUNTS, 0) | state["counts"]
+        self.num_packs = state["pack"]
+        self.counts = dict.fromkeys(COUNTS, 0) | state["counts"]
         entries = [state["sources"][source.name] for source in sources]
         self.passes = [entry["pass"] for entry in entries]
         self.cursors = [
@@ -94,7 +100,8 @@ class Lane:
         self._reopen()
         self._bounds = pack_bounds(config, costing)
         # of the waiting samples, as far as they are known: sizes and costs at a moment
-        self._sizes, self._costs = np.zeros((0, len(self._bounds)), np.int64), np.zeros((0, costing.plan.num_stages + 1))
+        self._sizes = np.zeros((0, len(self._bounds)), np.int64)
+        self._costs = np.zeros((0, costing.plan.num_stages + 1))
         self._moment: float | None = None
         self._target: tuple = (None, None)
         if state["pack"]:

@@ -39,7 +39,9 @@ class _Steps(IterableDataset):
     """
 
     def __init__(self, make_lane, lanes: list[int], states: dict[int, State]):
-        self.make_lane, self.lanes, self.states = make_lane, lanes, states
+        self.make_lane = make_lane
+        self.lanes = lanes
+        self.states = states
 
     def __iter__(self) -> Iterator[list[tuple[Pack, State]] | MegavlmError]:
         worker = get_worker_info()

@@ -97,7 +97,8 @@ class Costing:
     """
 
     def __init__(self, plan: RoutingPlan, shape: ModelShape):
-        self.plan, self.shape = plan, shape
+        self.plan = plan
+        self.shape = shape
         # layouts recur, and so do steps at which the shares are the same
         self._cached = lru_cache(maxsize=65536)(self._flops)
         self._cached_rows = lru_cache(maxsize=65536)(self._rows)

@@ -86,7 +86,8 @@ class _Search:
         # the last sample stands for none: it costs nothing
         self.costs_nc = np.zeros((len(costs_nc) + 1, costs_nc.shape[1] + 1))
         self.costs_nc[:-1, :-1], self.costs_nc[:-1, -1] = costs_nc, TOTAL_WEIGHT * costs_nc.sum(1)
-        self.sizes_bn, self.kinds_n = np.pad(sizes_bn, ((0, 0), (0, 1))), kinds_n
+        self.sizes_bn = np.pad(sizes_bn, ((0, 0), (0, 1)))
+        self.kinds_n = kinds_n
         self.missing_c = np.append(target_c, TOTAL_WEIGHT * target_c.sum())
         self.room_b = bounds_b
         self.chosen = np.zeros(sizes_bn.shape[1], bool)

@@ -49,7 +49,9 @@ class Opener:
     """
 
     def __init__(self, retries: int = 5, cache_dir: str | None = None, cache_gib: float = 100.0):
-        self.retries, self.cache_dir, self.cache_bytes = retries, cache_dir, int(cache_gib * 2**30)
+        self.retries = retries
+        self.cache_dir = cache_dir
+        self.cache_bytes = int(cache_gib * 2**30)
 
     def __call__(self, url: str) -> BinaryIO:
         """The bytes of ``url``.
@@ -262,14 +264,17 @@ class _HttpStream(io.RawIOBase):
         self._brought += count
         self._waited_s += seconds
         if self._brought >= MIN_BYTES:
-            self._slow, self._brought, self._waited_s = 0, 0, 0.0
+            self._slow = 0
+            self._brought = 0
+            self._waited_s = 0.0
         elif self._waited_s > TIMEOUT_S:
             self._slow += 1
             log.info("%s: %d bytes in %.0f s", self.url, self._brought, self._waited_s)
             self._drop()
             if self._slow > self.retries:
                 raise OSError(f"{self.url}: gave up: {self._brought} bytes in {self._waited_s:.0f} s, {self._slow} times in a row")
-            self._brought, self._waited_s = 0, 0.0
+            self._brought = 0
+            self._waited_s = 0.0
 
     def _pause(self, error: Exception) -> None:
         self._drop()
