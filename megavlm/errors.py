@@ -27,7 +27,7 @@ class DataError(MegavlmError):
         key: WebDataset key of the sample, where known.
     """
 
-    def __init__(self, what: str, remedy: str, source: str = "", shard: str = "", key: str = ""):
+    def __init__(self, what: str, remedy: str, source: str = "", shard: str = "", key: str = ""):  # noqa: PLR0917 (exceptions travel between processes by their places)
         self.what = what
         self.remedy = remedy
         self.source = source

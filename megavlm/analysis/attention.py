@@ -58,7 +58,7 @@ class AttentionWatch:
         num_sequences: Most sequences of one task in a pack.
     """
 
-    def __init__(self, shape: ModelShape, vocabulary: Vocabulary, seed: int, num_rows: int = 16, num_sequences: int = 4):
+    def __init__(self, shape: ModelShape, vocabulary: Vocabulary, seed: int, num_rows: int = 16, *, num_sequences: int = 4):
         self.shape = shape
         self.vocabulary = vocabulary
         self.seed = seed
@@ -76,10 +76,10 @@ class AttentionWatch:
             pack: On the host.
         """
         rng = stream(self.seed, Purpose.ANALYSIS, pack.lane, pack.step)
-        stages = sample_rows(pack, self.vocabulary, self.num_rows, self.num_sequences, rng)
+        stages = sample_rows(pack, self.vocabulary, self.num_rows, self.num_sequences, rng=rng)
         on_device, seen = {}, set()
 
-        def observe(layer, _active, q_KHd, k_KHd, _v, scale, context):
+        def observe(layer, _active, q_KHd, k_KHd, _v, scale, context):  # noqa: PLR0917 (called by place, as the backbone calls observers)
             if layer in seen:  # computed again for the backward pass
                 return
             seen.add(layer)
@@ -87,7 +87,7 @@ class AttentionWatch:
                 stage = next(stage for stage in stages if layer in stage.layers)
                 on_device.update(dict.fromkeys(stage.layers, stage.to(q_KHd.device)))
             with torch.no_grad():
-                self._sums(q_KHd.device)[layer] += _layer_sums(on_device[layer], q_KHd, k_KHd, scale, context)
+                self._sums(q_KHd.device)[layer] += _layer_sums(on_device[layer], q_KHd, k_KHd, scale, context=context)
 
         backbone.observe = observe
         try:
@@ -129,7 +129,7 @@ class AttentionWatch:
         return self._sums_LGCX
 
 
-def _layer_sums(rows: StageRows, q_KHd, k_KHd, scale: float, context: Context) -> torch.Tensor:
+def _layer_sums(rows: StageRows, q_KHd, k_KHd, scale: float, *, context: Context) -> torch.Tensor:
     """Sums of the statistics over the rows looked at: float32 ``[G, C, X]``, G key/value heads."""
     bias_U, guests = context.log_sizes_K, context.guests
     if guests is not None:

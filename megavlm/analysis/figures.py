@@ -59,7 +59,7 @@ def head_maps(shares: dict[tuple[str, str], Allocation], path: Path) -> Path:
     size = (max(2.4, 0.5 * num_groups + 1.2) * len(shares) + 1, max(2.6, 0.32 * num_layers + 1.4))
     figure, axes = pyplot.subplots(1, len(shares), figsize=size, squeeze=False, layout="constrained", sharey=True)
     for axis, ((task, query), allocation) in zip(axes[0], shares.items()):
-        image = _heat_map(axis, allocation.groups_XLG[KINDS.index("image")], 0, 1, "magma", num_groups <= 16)
+        image = _heat_map(axis, allocation.groups_XLG[KINDS.index("image")], 0, 1, colours="magma", with_numbers=num_groups <= 16)
         axis.set_title(f"{task}:\n{query} looks at images", fontsize=9)
         axis.set_xlabel("key/value head")
         _layer_ticks(axis.xaxis, num_groups)
@@ -69,7 +69,7 @@ def head_maps(shares: dict[tuple[str, str], Allocation], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def drop_curves(candidates: Sequence[Candidate], dense_flops: float, num_layers: int, path: Path, chosen: Any = None) -> Path:
+def drop_curves(candidates: Sequence[Candidate], dense_flops: float, num_layers: int, path: Path, *, chosen: Any = None) -> Path:
     """The rise of each task's loss when its images leave at a layer; and every candidate's rise against what it saves."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for t, (task, kind, words) in enumerate(
@@ -115,7 +115,7 @@ def gradient_maps(entries: Sequence[dict[str, Any]], pair: str, path: Path) -> P
         (cosine, table(lambda b: b["cosine"]), 1, "RdBu", "cosine of the tasks' gradients (blue: same way)"),
         (ratio, ratios, max(1.0, np.abs(ratios).max()), "PuOr_r", f"log2 of the gradients' norms, {tasks[1]} / {tasks[0]}"),
     ):
-        image = _heat_map(axis, values, -limit, limit, colours, True)
+        image = _heat_map(axis, values, -limit, limit, colours=colours, with_numbers=True)
         axis.set_xticks(range(len(PARTS)), PARTS)
         _layer_ticks(axis.yaxis, num_layers)
         axis.set_ylabel("layer")
@@ -151,7 +151,7 @@ def similarity_map(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     values = np.array([entry["cka"] for entry in entries]).T
     num_states = len(values)
     figure, axis = pyplot.subplots(figsize=(max(3.6, 0.6 * len(entries) + 2), max(2.8, 0.32 * num_states + 1.2)), layout="constrained")
-    image = _heat_map(axis, values, 0, 1, "viridis", len(entries) <= MOST_TICKS)
+    image = _heat_map(axis, values, 0, 1, colours="viridis", with_numbers=len(entries) <= MOST_TICKS)
     axis.set_xticks(range(len(entries)), [entry["step"] for entry in entries], rotation=45 if len(entries) > 6 else 0)
     axis.set_yticks(range(num_states), ["embedding" if s == 0 else f"layer {s - 1}" for s in range(num_states)])
     axis.set_xlabel("step")
@@ -160,7 +160,7 @@ def similarity_map(entries: Sequence[dict[str, Any]], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def _heat_map(axis, values: np.ndarray, low: float, high: float, colours: str, with_numbers: bool):
+def _heat_map(axis, values: np.ndarray, low: float, high: float, *, colours: str, with_numbers: bool):
     """Cells with their values written in; what is NaN stays grey."""
     axis.set_facecolor("#DDDDDD")
     image = axis.imshow(values, vmin=low, vmax=high, cmap=colours, aspect="auto", interpolation="nearest")

@@ -37,7 +37,7 @@ def geometry_of_run(subject: Subject, num_images: int) -> list[dict[str, Any]]:
         load_weights(path, subject.model.backbone)
         pairs = alone(subject.model.backbone, packs, factors)
         cka = (
-            similarity_by_layer(subject.model.backbone, subject.model.encoder, drawn, subject.model.costing, subject.model.device)
+            similarity_by_layer(subject.model.backbone, subject.model.encoder, drawn, subject.model.costing, device=subject.model.device)
             if comparable
             else None
         )

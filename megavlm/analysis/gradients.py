@@ -142,7 +142,7 @@ def alone(backbone: nn.Module, packs: Iterable[Pack], factors: dict[str, torch.T
 
 
 def under_zero(
-    engine, world: World, packs: list[Pack], factors: dict[str, torch.Tensor], before_pack: Callable[[Pack], None]
+    engine, world: World, packs: list[Pack], factors: dict[str, torch.Tensor], *, before_pack: Callable[[Pack], None]
 ) -> dict[str, dict[str, Alignment]]:
     """The alignment of the tasks during training, between two steps. Called by all ranks together.
 

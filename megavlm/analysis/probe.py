@@ -108,6 +108,7 @@ class Probe:
         shape: ModelShape,
         groups: list[list[EncodedSample]],
         num_sources: int,
+        *,
         task_weights: Mapping[TaskName, float],
         device: torch.device,
     ):

@@ -58,9 +58,14 @@ def analyze_drops(
 ) -> tuple[Table, Suggestion | None, list[Path]]:
     """Probe the subject. Returns a summary, a route where a share was asked for, and the files written."""
     config = subject.config
+    model = subject.model
     probe = Probe(
-        *(subject.model.backbone, subject.model.costing.shape, subject.groups, len(config.data.sources)),
-        *(config.loss.task_weights, subject.model.device),
+        model.backbone,
+        model.costing.shape,
+        subject.groups,
+        len(config.data.sources),
+        task_weights=config.loss.task_weights,
+        device=model.device,
     )
     candidates = probe.curves(_progress("leaving"))
     if flops_share is not None:
@@ -74,7 +79,7 @@ def analyze_drops(
     folder = _folder(subject)
     written = [write_json(folder / "drops.json", document)]  # there even where the target is out of reach
     chosen = None if flops_share is None else suggest(probe, candidates, flops_share, shared)
-    written.append(figures.drop_curves(candidates, probe.dense.dense_flops, probe.shape.num_layers, folder / "drops.png", chosen))
+    written.append(figures.drop_curves(candidates, probe.dense.dense_flops, probe.shape.num_layers, folder / "drops.png", chosen=chosen))
     _to_tensorboard(subject, written[1:])
     if chosen is not None:
         written.append(folder / "route.yaml")

@@ -62,7 +62,7 @@ class StageRows:
         return StageRows(self.layers, self.kinds_U.to(device, non_blocking=True), sequences, self.counts_C2)
 
 
-def sample_rows(pack: Pack, vocabulary: Vocabulary, num_rows: int, num_sequences: int, rng: np.random.Generator) -> list[StageRows]:
+def sample_rows(pack: Pack, vocabulary: Vocabulary, num_rows: int, num_sequences: int, *, rng: np.random.Generator) -> list[StageRows]:
     """Draw the rows to look at, for every stage of a pack.
 
     Args:
@@ -77,10 +77,10 @@ def sample_rows(pack: Pack, vocabulary: Vocabulary, num_rows: int, num_sequences
     kinds_T[ends - pack.sequences.lengths] = SINK
     tasks = np.array(pack.tasks)
     chosen = np.concatenate([rng.permutation(np.flatnonzero(tasks == t))[:num_sequences] for t in range(len(TASKS))])
-    return [_of_stage(stage, pack, kinds_T, ends, np.sort(chosen), num_rows, rng) for stage in pack.route.stages]
+    return [_of_stage(stage, pack, kinds_T, ends, chosen=np.sort(chosen), num_rows=num_rows, rng=rng) for stage in pack.route.stages]
 
 
-def _of_stage(stage: Stage, pack: Pack, kinds_T, ends, chosen, num_rows: int, rng) -> StageRows:
+def _of_stage(stage: Stage, pack: Pack, kinds_T, ends, *, chosen, num_rows: int, rng) -> StageRows:
     is_active = active_rows(stage, pack.route, pack.num_tokens)
     gives_keys = is_active.copy()
     for injection in stage.injections:

@@ -38,7 +38,7 @@ def linear_cka(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
     return float(np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
 
 
-def similarity_by_layer(backbone: Backbone, encoder: Encoder, drawn: Sequence[EncodedSample], costing: Costing, device) -> list[float]:
+def similarity_by_layer(backbone: Backbone, encoder: Encoder, drawn: Sequence[EncodedSample], costing: Costing, *, device) -> list[float]:
     """CKA after the embedding (1 by construction) and after each layer ``[num_layers + 1]``.
 
     Args:
@@ -50,13 +50,13 @@ def similarity_by_layer(backbone: Backbone, encoder: Encoder, drawn: Sequence[En
     """
     spans = [next(span for span in sample.spans if span.has_loss) for sample in drawn]
     read = [_as_read(sample, span, encoder) for sample, span in zip(drawn, spans)]
-    of_drawn = image_states(backbone, drawn, spans, costing, device)
-    of_read = image_states(backbone, read, [sample.spans[0] for sample in read], costing, device)
+    of_drawn = image_states(backbone, drawn, spans, costing, device=device)
+    of_read = image_states(backbone, read, [sample.spans[0] for sample in read], costing, device=device)
     return [linear_cka(_without_position(x), _without_position(y)) for x, y in zip(of_drawn, of_read)]
 
 
 @torch.no_grad()
-def image_states(backbone: Backbone, samples: Sequence[EncodedSample], spans: Sequence[Span], costing: Costing, device):
+def image_states(backbone: Backbone, samples: Sequence[EncodedSample], spans: Sequence[Span], costing: Costing, *, device):
     """The residual stream at the codes of one span per sample, after the embedding and each layer: float32 ``[N, P, D]`` each."""
     model, caught = backbone.causal_lm.model, []
 

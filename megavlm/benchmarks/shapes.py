@@ -244,7 +244,7 @@ def record(seed: int, split: str, task: str, number: int) -> tuple[Record, Scene
     return Record(task=task, segments=(Segment(text=asked.text), Segment(image="img0", loss=True)), meta=meta), shapes
 
 
-def write(folder: Path, pixels: int, num_train: int, num_test: int, seed: int = 0, samples_per_shard: int = 1000) -> dict[str, int]:
+def write(folder: Path, pixels: int, num_train: int, num_test: int, *, seed: int = 0, samples_per_shard: int = 1000) -> dict[str, int]:
     """Write shards of both tasks and all splits with indexes, and the text model trained on the training text.
 
     Their names begin with task and split. Those for an image tokenizer are ``images-train-…``; they hold drawings with their requests.

@@ -91,5 +91,5 @@ class CompressorCommands:
         plan = Plan(steps, batch_images, learning_rate, max_images=max_images, seed=seed)
         urls = expand_shards("shards", as_shards(shards))
         codes_Nhw = read_codes(urls, source_of(urls, format), tokenizer, max_images)
-        metrics = train_plug_in(codes_Nhw, tokenizer, codebook_VD, settings, Path(str(out)), plan, device)
+        metrics = train_plug_in(codes_Nhw, tokenizer, codebook_VD, settings, out=Path(str(out)), plan=plan, device=device)
         print(json.dumps({name: value for name, value in metrics.items() if name != "history"}, indent=1))

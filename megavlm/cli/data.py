@@ -41,7 +41,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         """
         from megavlm.benchmarks import shapes
 
-        written = shapes.write(Path(str(out)), pixels, num_train, num_test, seed)
+        written = shapes.write(Path(str(out)), pixels, num_train, num_test, seed=seed)
         print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
 
     def index(self, shards, format: str = ""):
@@ -208,6 +208,6 @@ class DataCommands(TokenizerCommands, CompressorCommands):
             raise ConfigError(f"there is no recipe to change {', '.join(overrides)} in\n  do:    name a recipe")
         else:
             situation = standard()
-        result = simulate(situation, lanes, steps, first_step, processes or len(os.sched_getaffinity(0)))
+        result = simulate(situation, lanes, steps, first_step, num_processes=processes or len(os.sched_getaffinity(0)))
         title = f"{lanes} lanes, steps {first_step} to {steps}, {recipe or 'the standard mixture'}"
         print(json.dumps(report(result, Path(str(out)), title), indent=1))

@@ -203,4 +203,4 @@ class RunCommands:
             template=template,
             sbatch_options=sbatch_options,
         )
-        print(submit(str(recipe), overrides, job, array, bool(dry_run)))
+        print(submit(str(recipe), overrides, job, array, dry_run=bool(dry_run)))

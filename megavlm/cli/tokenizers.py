@@ -119,7 +119,7 @@ class TokenizerCommands:
         made = _image_tokenizer(str(tokenizer), height, width, fit)
         num_processes = processes or (len(devices) if devices != ["cpu"] else len(os.sched_getaffinity(0)))
         urls = expand_shards("shards", as_shards(shards))
-        encoded, there = encode_shards(urls, Path(str(out)), made, num_processes, devices)
+        encoded, there = encode_shards(urls, Path(str(out)), made, num_processes, devices=devices)
         print(f"{out}: {encoded} shards encoded, {there} were there")
 
 

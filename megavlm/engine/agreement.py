@@ -39,7 +39,7 @@ class Wishes:
         timeout_s: No rank waits longer for the others' wishes.
     """
 
-    def __init__(self, world: World, run: Path, needed_s: Callable[[], float], end_time_s: float | None, timeout_s: float):
+    def __init__(self, world: World, run: Path, needed_s: Callable[[], float], end_time_s: float | None, *, timeout_s: float):
         self.world = world
         self.run = run
         self.needed_s = needed_s

@@ -127,6 +127,7 @@ class Checkpointer:
         engine: Engine,
         lanes: dict[int, Any],
         shared: dict | None = None,
+        *,
         metrics: dict | None = None,
         of_rank: Any = None,
     ) -> float:
@@ -153,7 +154,7 @@ class Checkpointer:
         stall_s = time.perf_counter() - begin
         self.last_step = step
         state = {"step": step, "group_steps": steps, **(shared or {})}
-        self._pending = self._writer.submit(self._write, tensors, state, (lanes, of_rank), metrics or {}, begin, stall_s)
+        self._pending = self._writer.submit(self._write, tensors, state, (lanes, of_rank), metrics or {}, begin=begin, stall_s=stall_s)
         if not self.config.background:
             wait = self.wait()
             return wait.seconds if wait else 0.0
@@ -265,11 +266,11 @@ class Checkpointer:
         parts = self._together(lambda: verify(path, self.world.rank, self.world.size))
         return sorted({problem for part in parts for problem in part})
 
-    def _write(self, tensors, state: dict, of_rank: tuple, metrics: dict, begin: float, stall_s: float) -> Saved:
+    def _write(self, tensors, state: dict, of_rank: tuple, metrics: dict, *, begin: float, stall_s: float) -> Saved:
         """What the thread does, on all ranks."""
         step = state["step"]
         try:
-            path, num_bytes = self._write_files(tensors, state, of_rank, metrics, begin)
+            path, num_bytes = self._write_files(tensors, state, of_rank, metrics, begin=begin)
         except Superseded:
             raise
         # whatever it was, the run goes on; what torch raises for failures of ranks is no Exception
@@ -277,7 +278,7 @@ class Checkpointer:
             return Saved(step, None, f"{_in_short(error)} ({_room(self.folder)})", stall_s, time.perf_counter() - begin, 0)
         return Saved(step, path, "", stall_s, time.perf_counter() - begin, num_bytes)
 
-    def _write_files(self, tensors, state: dict, of_rank: tuple, metrics: dict, begin: float) -> tuple[Path, int]:
+    def _write_files(self, tensors, state: dict, of_rank: tuple, metrics: dict, *, begin: float) -> tuple[Path, int]:
         step = state["step"]
         final = self.folder / manifest.folder_name(step)
         token = self._gather(self._owner.token if self._owner else "", self._group)[0]
@@ -293,7 +294,7 @@ class Checkpointer:
             self._together(lambda: write_synced(temporary / "state.json", text) if self._owner else None)
             parts = self._together(lambda: self._describe(temporary))
             files = {name: entry for part in parts for name, entry in part.items()}
-            self._together(lambda: self._complete(temporary, final, step, files, metrics, begin) if self._owner else None)
+            self._together(lambda: self._complete(temporary, final, step, files, metrics=metrics, begin=begin) if self._owner else None)
             return final, sum(entry["bytes"] for entry in files.values())
         except BaseException:
             if self._owner:
@@ -304,7 +305,7 @@ class Checkpointer:
         mine = sorted(p for p in temporary.rglob("*") if p.is_file())[self.world.rank :: self.world.size]
         return {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in mine}
 
-    def _complete(self, temporary: Path, final: Path, step: int, files: dict, metrics: dict, begin: float) -> None:
+    def _complete(self, temporary: Path, final: Path, step: int, files: dict, *, metrics: dict, begin: float) -> None:
         """Rank 0's last act: manifest, rename, retention."""
         content = {"format": 2, "step": step, "world_size": self.world.size, "metrics": metrics}
         content |= {"seconds": round(time.perf_counter() - begin, 3), "files": dict(sorted(files.items()))}

@@ -160,7 +160,7 @@ class Watchdog:
                 entries[other["rank"]] = other
         # one of those that are alive speaks for all
         if self.rank == min(entries):
-            log.error(describe_hang(self._step, self._budget_s, entries, self.world_size, here))
+            log.error(describe_hang(self._step, self._budget_s, entries, self.world_size, here=here))
         self.last_word.leave(Exit.HUNG)
         for handler in logging.getLogger().handlers:
             with suppress(OSError):  # a full disk
@@ -168,7 +168,7 @@ class Watchdog:
         self.end(Exit.HUNG)
 
 
-def describe_hang(step: int, budget_s: float, entries: dict[int, dict], world_size: int, here: Path) -> str:
+def describe_hang(step: int, budget_s: float, entries: dict[int, dict], world_size: int, *, here: Path) -> str:
     """What the ranks were doing, the odd one out first in mind: most ranks merely wait for it."""
     lines = [f"step {step + 1} exceeds its budget of {budget_s:.0f} s; the run ends here. What the ranks were doing:"]
     for rank in range(world_size):

@@ -20,6 +20,6 @@ def build_image_tokenizer(
     if config.kind == "pixel":
         return PixelTokenizer(config.levels, config.height, config.width, config.fit)
     if config.kind == "vq":
-        return VQTokenizer(config.path, config.height, config.width, device, config.fingerprint, config.fit)
+        return VQTokenizer(config.path, config.height, config.width, device, expected=config.fingerprint, fit=config.fit)
     around = build_image_tokenizer(config.around, device)
-    return CompressedTokenizer(config.path, around, device, config.fingerprint, config.understanding == "continuous")
+    return CompressedTokenizer(config.path, around, device, config.fingerprint, reads_features=config.understanding == "continuous")

@@ -90,6 +90,7 @@ class CompressedTokenizer(ImageTokenizer):
         around: ImageTokenizer,
         device: str | torch.device = "cpu",
         expected: str | None = None,
+        *,
         reads_features: bool = False,
     ):
         self.path = Path(path)

@@ -55,6 +55,7 @@ def train_plug_in(
     tokenizer: ImageTokenizer,
     codebook_VD: torch.Tensor | None,
     settings: PlugInSettings,
+    *,
     out: Path,
     plan: Plan,
     device: str = "cpu",
@@ -78,7 +79,7 @@ def train_plug_in(
     if len(codes_Nhw) < HELD_OUT_EVERY:
         raise DataError(f"there are {len(codes_Nhw)} images, too few to hold one of {HELD_OUT_EVERY} out", "give more shards")
     held_out = np.arange(len(codes_Nhw)) % HELD_OUT_EVERY == 0
-    plug_in, history = _train(torch.from_numpy(codes_Nhw[~held_out]), codebook_VD, settings, plan, torch.device(device))
+    plug_in, history = _train(torch.from_numpy(codes_Nhw[~held_out]), codebook_VD, settings, plan, device=torch.device(device))
     with folder_written_atomically(out) as files:
         save_plug_in(plug_in, files)
     compressed = CompressedTokenizer(out, tokenizer, device)
@@ -128,7 +129,7 @@ def judge(compressed: CompressedTokenizer, dense_Nhw: np.ndarray, picture: Path)
 
 
 def _train(
-    codes_Nhw: torch.Tensor, codebook_VD: torch.Tensor | None, settings: PlugInSettings, plan: Plan, device: torch.device
+    codes_Nhw: torch.Tensor, codebook_VD: torch.Tensor | None, settings: PlugInSettings, plan: Plan, *, device: torch.device
 ) -> tuple[PlugIn, list[dict]]:
     torch.manual_seed(integer_seed(plan.seed, Purpose.MODULES))
     plug_in = PlugIn(settings, codebook_VD).to(device).train()

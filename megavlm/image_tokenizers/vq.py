@@ -84,6 +84,7 @@ class VQTokenizer(DenseCodes):
         height: int,
         width: int,
         device: str | torch.device = "cpu",
+        *,
         expected: str | None = None,
         fit: Fit = "crop",
     ):

@@ -30,7 +30,7 @@ class SbatchTemplate(string.Template):
     pattern = r"@(?:(?P<escaped>@)|\{(?P<braced>[a-z_]+)\}|(?P<named>(?!))|(?P<invalid>(?!)))"
 
 
-def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None = None, dry_run: bool = False) -> str:
+def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None = None, *, dry_run: bool = False) -> str:
     """Render a script and submit it.
 
     Args:

@@ -59,6 +59,7 @@ def packed_attention(
     k_THd: torch.Tensor,
     v_THd: torch.Tensor,
     sequences: Sequences,
+    *,
     scale: float,
     bias_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -84,17 +85,17 @@ def packed_attention(
         v_THd = functional.pad(v_THd, (0, BIAS_WIDTH))
     fused = q_THd.is_cuda and q_THd.dtype in (torch.float16, torch.bfloat16)
     attend = _fused if fused else _per_sequence
-    return attend(q_THd, k_THd, v_THd, sequences, scale)[..., :width]
+    return attend(q_THd, k_THd, v_THd, sequences, scale=scale)[..., :width]
 
 
-def _fused(q_THd, k_THd, v_THd, sequences: Sequences, scale: float) -> torch.Tensor:
+def _fused(q_THd, k_THd, v_THd, sequences: Sequences, *, scale: float) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn  # CPU builds of torch may lack it
 
     cu, longest = sequences.cu_seqlens, sequences.max_seqlen
     return varlen_attn(q_THd, k_THd, v_THd, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
 
 
-def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, scale: float) -> torch.Tensor:
+def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, *, scale: float) -> torch.Tensor:
     # split, not slices: its backward is one concatenation
     parts = (x.transpose(0, 1).split(sequences.lengths, dim=1) for x in (q_THd, k_THd, v_THd))
     outputs = [
@@ -103,7 +104,7 @@ def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, scale: float) -> to
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _for_transformers(module, query, key, value, attention_mask, *, scaling, context, **asked):
+def _for_transformers(module, query, key, value, attention_mask, *, scaling, context, **asked):  # noqa: PLR0917 (transformers calls it by place)
     """The signature that `transformers` calls: ``[1, heads, T, d]`` in, ``[1, T, heads, d]`` out."""
     _refuse(module, attention_mask, asked, context.longest)
     groups = query.shape[1] // key.shape[1]
@@ -123,9 +124,9 @@ def _for_transformers(module, query, key, value, attention_mask, *, scaling, con
         # torch 2.11's varlen_attn has no grouped queries
         k_KHd, v_KHd = (x.repeat_interleave(groups, dim=1) for x in (k_KHd, v_KHd))
     if log_sizes_K is not None and context.split is not None:
-        out_KHd = _split_attention(q_KHd, k_KHd, v_KHd, context.split, scaling, log_sizes_K)
+        out_KHd = _split_attention(q_KHd, k_KHd, v_KHd, context.split, scale=scaling, bias_U=log_sizes_K)
     else:
-        out_KHd = packed_attention(q_KHd, k_KHd, v_KHd, sequences, scaling, log_sizes_K)
+        out_KHd = packed_attention(q_KHd, k_KHd, v_KHd, sequences, scale=scaling, bias_T=log_sizes_K)
     if guests is not None:
         out_KHd = out_KHd.index_select(0, guests.place_K)
     return out_KHd[None], None
@@ -154,12 +155,13 @@ def _refuse(module, attention_mask, asked: dict[str, Any], longest: int) -> None
         )
 
 
-def _split_attention(q_UHd, k_UHd, v_UHd, split: Split, scale: float, bias_U: torch.Tensor) -> torch.Tensor:
+def _split_attention(q_UHd, k_UHd, v_UHd, split: Split, *, scale: float, bias_U: torch.Tensor) -> torch.Tensor:
     """Attention whose bias only those sequences carry that have one."""
     merged, others = split.merged_rows, split.other_rows
     q_MHd, k_MHd, v_MHd, bias_M = (x.index_select(0, merged) for x in (q_UHd, k_UHd, v_UHd, bias_U))
-    with_bias = packed_attention(q_MHd, k_MHd, v_MHd, split.merged, scale, bias_M)
-    without = packed_attention(*(x.index_select(0, others) for x in (q_UHd, k_UHd, v_UHd)), split.others, scale)
+    with_bias = packed_attention(q_MHd, k_MHd, v_MHd, split.merged, scale=scale, bias_T=bias_M)
+    q_OHd, k_OHd, v_OHd = (x.index_select(0, others) for x in (q_UHd, k_UHd, v_UHd))
+    without = packed_attention(q_OHd, k_OHd, v_OHd, split.others, scale=scale)
     return torch.cat([with_bias, without]).index_select(0, split.back_U)
 
 

@@ -71,6 +71,7 @@ class Backbone(nn.Module):
         plan: RoutingPlan,
         num_sources: int,
         max_labels: int,
+        *,
         chunk_rows: int,
         activation_checkpointing: bool = False,
         feature_width: int = 0,
@@ -103,7 +104,9 @@ class Backbone(nn.Module):
             return work(self)
         h_TD, gate_loss = self.hidden_states(work, self.observe)
         h_MD = self.causal_lm.model.norm(h_TD.index_select(0, work.rows_M))
-        sums_G = chunked_loss(self.causal_lm.lm_head, h_MD, work.targets_M, work.groups_M, self.num_groups, self.num_chunks)
+        sums_G = chunked_loss(
+            self.causal_lm.lm_head, h_MD, work.targets_M, work.groups_M, num_groups=self.num_groups, num_chunks=self.num_chunks
+        )
         return torch.cat([sums_G, gate_loss[None]])
 
     def hidden_states(self, pack: Pack, observe: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +135,9 @@ class Backbone(nn.Module):
                 context.observe = None
                 if is_watched or observe:
                     without_places = partial(without_rotary, model, layer, cos_K, sin_K)
-                    context.observe = _observer(router if is_watched else None, observe, layer, active, without_places, context)
+                    context.observe = _observer(
+                        router if is_watched else None, observe, layer, active, without_places=without_places, context=context
+                    )
                 x_KD = self._layer(model.layers[layer], x_KD, (cos_K[None], sin_K[None]), replace(context))
             router.write(active, x_KD)
         return router.h_TD, router.gate_loss
@@ -155,8 +160,8 @@ class Backbone(nn.Module):
         rows_R = torch.cat([injection.rows_R for injection in stage.injections])
         rows_K = torch.arange(len(embedding_TD), device=rows_R.device) if active is None else active
         rows_U = torch.cat([rows_K, rows_R]).sort().values
-        places = [torch.searchsorted(rows_U, rows) for rows in (rows_K, rows_R)]
-        return Guests(k_RHd, v_RHd, *places, stage.injections[0].sequences)
+        place_K, place_R = (torch.searchsorted(rows_U, rows) for rows in (rows_K, rows_R))
+        return Guests(k_RHd, v_RHd, place_K, place_R, stage.injections[0].sequences)
 
     def _layer(self, layer: nn.Module, x_KD: torch.Tensor, rotary: tuple, context) -> torch.Tensor:
         def call(x_KD):
@@ -168,7 +173,7 @@ class Backbone(nn.Module):
         return call(x_KD)[0]
 
 
-def _observer(router: Router | None, observe: Callable | None, layer: int, active, without_places: Callable, context: Context):
+def _observer(router: Router | None, observe: Callable | None, layer: int, active, *, without_places: Callable, context: Context):
     """What a layer's attention calls: tells the router, or whoever observes the forward pass, or both."""
 
     def call(q_KHd, k_KHd, v_KHd, scale):

@@ -74,7 +74,7 @@ class Decoder:
         sequence_T = torch.repeat_interleave(torch.arange(len(self.lengths_B), device=self.device), self.lengths_B)
         is_given_T = self.pack.positions_T < self.place_B[sequence_T]
 
-        def fill_cache(layer: int, active: torch.Tensor | None, _q, k_KHd, v_KHd, _scale, context: Context):
+        def fill_cache(layer: int, active: torch.Tensor | None, _q, k_KHd, v_KHd, _scale, context: Context):  # noqa: PLR0917 (called by place, as the backbone calls observers)
             cache = self.caches[layer] = LayerCache(len(self.lengths_B), self.capacity, k_KHd)
             rows_K = torch.arange(len(sequence_T), device=self.device) if active is None else active
             bias_K = context.log_sizes_K
@@ -109,7 +109,7 @@ class Decoder:
         rows_B = torch.where(is_placeholder_B, self.starts_B + self.place_B, -1)
         for s, stage in enumerate(self.pack.route.stages):
             self._inject(backbone, stage, rows_B, embedding_BD)
-            is_active_B, gate_B = self._decide(backbone, s, stage, rows_B, h_BD)
+            is_active_B, gate_B = self._decide(backbone, s, stage, rows_B, h_BD=h_BD)
             chosen_K = is_active_B.nonzero()[:, 0]
             if len(chosen_K) == 0:  # stock layers take no empty input; all ranks draw the same and skip together
                 continue
@@ -134,7 +134,7 @@ class Decoder:
                 self.caches[layer].append(chosen_K, k_KHd, v_KHd)
 
     def _decide(
-        self, backbone: Backbone, s: int, stage: Stage, rows_B: torch.Tensor, h_BD: torch.Tensor
+        self, backbone: Backbone, s: int, stage: Stage, rows_B: torch.Tensor, *, h_BD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Which sequences' tokens are active in a stage, and what its outcome is scaled by, if by anything."""
         gate_B = None

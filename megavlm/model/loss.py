@@ -33,6 +33,7 @@ def chunked_loss(
     h_MD: torch.Tensor,
     targets_M: torch.Tensor,
     groups_M: torch.Tensor,
+    *,
     num_groups: int,
     num_chunks: int,
 ) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from megavlm.model.families import rotates
 
 
-def without_rotary(
+def without_rotary(  # noqa: PLR0917 (the backbone binds the first four, selectors give queries and keys by place)
     model: nn.Module, layer: int, cos_Kd: torch.Tensor, sin_Kd: torch.Tensor, q_KHd: torch.Tensor, k_KHd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys back by the angles of their places.

@@ -35,7 +35,7 @@ class Instruments(Observer):
         if not _is_due(step.number, self.config.geometry_every_steps):
             return
         factors = factors_of_tasks(step.factor_G, step.labels_t.cpu().numpy())
-        pairs = under_zero(self.engine, self.world, step.packs, factors, step.before_pack)
+        pairs = under_zero(self.engine, self.world, step.packs, factors, before_pack=step.before_pack)
         for pair, blocks in pairs.items():
             for block, alignment in blocks.items():
                 self._log(f"geometry_{pair}/cosine/{block}", alignment.cosine, step.number + 1)

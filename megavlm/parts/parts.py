@@ -107,7 +107,16 @@ class Parts:
     def make_lane(self, number: int, state: State | None = None) -> Lane:
         """One of the run's lanes, at its beginning or where ``state`` left it."""
         config = self.config
-        return Lane(number, self.sources, self.training_encoder, self.costing, self.mixture, config.data, config.seed, state)
+        return Lane(
+            number,
+            self.sources,
+            self.training_encoder,
+            self.costing,
+            mixture=self.mixture,
+            config=config.data,
+            seed=config.seed,
+            state=state,
+        )
 
     def make_causal_lm(self) -> PreTrainedModel:
         """The stock model with random weights from torch's global generator."""

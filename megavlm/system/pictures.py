@@ -54,7 +54,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 110) -> Path:
     return path
 
 
-def save_grid(images: Collection[np.ndarray], captions: Sequence[str], path: Path, columns: int = 10, title: str = "") -> None:
+def save_grid(images: Collection[np.ndarray], captions: Sequence[str], path: Path, columns: int = 10, *, title: str = "") -> None:
     """Write a PNG of images in rows.
 
     Args:

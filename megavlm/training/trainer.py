@@ -99,10 +99,12 @@ class Trainer:
             keep(config, self.folder)
         data = config.data
         pin_memory = world.device.type == "cuda"
-        self.loader = Loader(parts.make_lane, self.lanes, self.states, data.num_workers, data.prefetch_packs, pin_memory)
+        self.loader = Loader(
+            parts.make_lane, self.lanes, self.states, data.num_workers, prefetch_packs=data.prefetch_packs, pin_memory=pin_memory
+        )
         self.board = Board(self.folder.tensorboard, self.step + 1, world.is_main)
         longest_s = max(config.engine.timeout_s, config.engine.step_timeout_s)
-        self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job(), longest_s)
+        self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job(), timeout_s=longest_s)
         self.training = Training(parts, world, self.engine, self.folder, self.board)
         for observer in observers:
             observer.attach(self.training)

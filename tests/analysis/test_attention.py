@@ -83,7 +83,7 @@ def assert_equals_naive(watch, expected):
 def test_sampled_rows_equal_eager_attention_of_transformers(model_type):
     """Every row, sample by sample, against the matrices that transformers' own eager attention returns."""
     samples, backbone = with_kinds(make_samples(MIXED)), make_backbone(model_type=model_type)
-    watch = watched(backbone, build_pack(samples, costing("dense"), 1, 0, 0, 0), **EVERYTHING)
+    watch = watched(backbone, build_pack(samples, costing("dense"), 1, 0, step=0, seed=0), **EVERYTHING)
     num = sum(sample.num_tokens for sample in samples)
     weights_LHTT, offset, lm = torch.zeros(SHAPE.num_layers, SHAPE.num_heads, num, num), 0, backbone.causal_lm
     lm.config._attn_implementation = lm.model.config._attn_implementation = "eager"
@@ -99,7 +99,7 @@ def test_sampled_rows_equal_eager_attention_of_transformers(model_type):
 def test_rows_are_those_of_the_stage_when_a_route_is_active(policy, monkeypatch):
     """Against masks: choices on the device, merged tokens, injected keys and gates included."""
     samples, backbone = with_kinds(make_samples(MIXED)), make_backbone(policy)
-    pack = build_pack(samples, costing(policy), 1, 0, 0, 0)
+    pack = build_pack(samples, costing(policy), 1, 0, step=0, seed=0)
     watch = watched(backbone, pack, **EVERYTHING)
     weights = []
 
@@ -119,7 +119,7 @@ def test_rows_are_those_of_the_stage_when_a_route_is_active(policy, monkeypatch)
 @pytest.mark.parametrize("policy", ["dense", "pyramid_question"])
 def test_watching_changes_nothing_and_survives_recomputation(policy):
     samples = with_kinds(make_samples(MIXED))
-    pack = build_pack(samples, costing(policy), 1, 0, 0, 0)
+    pack = build_pack(samples, costing(policy), 1, 0, step=0, seed=0)
     gradients, watches = [], []
     for options in ({}, {"activation_checkpointing": True}):
         backbone = make_backbone(policy, **options)
@@ -139,7 +139,7 @@ def test_watching_changes_nothing_and_survives_recomputation(policy):
 
 @pytest.mark.parametrize("policy", ["dense", "pyramid_question", "merge_and_injection"])
 def test_watching_reads_nothing_back_from_the_device(policy):
-    pack, backbone = build_pack(with_kinds(make_samples(MIXED)), costing(policy), 1, 0, 0, 0), make_backbone(policy)
+    pack, backbone = build_pack(with_kinds(make_samples(MIXED)), costing(policy), 1, 0, step=0, seed=0), make_backbone(policy)
     watch = AttentionWatch(SHAPE, VOCAB, seed=0)
     with watch.on(backbone, pack), NoReadBack():
         backbone(pack).sum().backward()
@@ -148,7 +148,7 @@ def test_watching_reads_nothing_back_from_the_device(policy):
 
 def test_a_sample_of_the_rows_estimates_all_of_them():
     samples, backbone = with_kinds(make_samples([[("image", 4, 4), ("text", 9, 1), ("TEXT", 9, 1)]] * 12)), make_backbone()
-    pack = build_pack(samples, costing("dense"), 1, 0, 0, 0)
+    pack = build_pack(samples, costing("dense"), 1, 0, step=0, seed=0)
     everything, some = watched(backbone, pack, **EVERYTHING), watched(backbone, pack, num_rows=6, num_sequences=6)
     key = ("understanding", "text")
     assert some.shares()[key].queries == 6 * 6 * SHAPE.num_layers < everything.shares()[key].queries
@@ -163,7 +163,7 @@ def test_uniform_attention_is_told_as_uniform():
     backbone = copy.deepcopy(make_backbone(model_type="llama"))
     for layer in backbone.causal_lm.model.layers:
         torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
-    got = watched(backbone, build_pack([sample], costing("dense"), 1, 0, 0, 0), **EVERYTHING).shares()["understanding", "text"]
+    got = watched(backbone, build_pack([sample], costing("dense"), 1, 0, step=0, seed=0), **EVERYTHING).shares()["understanding", "text"]
     lengths = np.arange(10, 15)  # keys that the five text rows see
     texts = np.arange(1, 6)
     expected = [np.mean(texts / lengths), np.mean(6 / lengths), np.mean(2 / lengths), np.mean(1 / lengths)]
@@ -189,7 +189,7 @@ def test_everything_on_the_first_token_is_told_as_sink():
 def test_a_row_before_any_image_has_no_effective_number():
     (sample,) = with_kinds(make_samples([[("text", 3, 1), ("IMAGE", 2, 2)]]))
     backbone = make_backbone()
-    got = watched(backbone, build_pack([sample], costing("dense"), 1, 0, 0, 0), **EVERYTHING).shares()
+    got = watched(backbone, build_pack([sample], costing("dense"), 1, 0, step=0, seed=0), **EVERYTHING).shares()
     prompt, drawn = got["generation", "text"], got["generation", "image"]
     assert (prompt.mean_XL[1] == 0).all() and np.isnan(prompt.mean_XL[5]).all()
     assert (drawn.mean_XL[5] >= 1).all() and (drawn.mean_XL[5] <= 4).all()

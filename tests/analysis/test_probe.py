@@ -30,7 +30,14 @@ def make_probe(make_config):
             torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         backbone = Parts(config).make_backbone(causal_lm)
         costing = Parts(config).inference_costing
-        return Probe(backbone, costing.shape, first_samples(Parts(config), 2), 2, {"understanding": 0.1} | weights, torch.device("cpu"))
+        return Probe(
+            backbone,
+            costing.shape,
+            first_samples(Parts(config), 2),
+            2,
+            task_weights={"understanding": 0.1} | weights,
+            device=torch.device("cpu"),
+        )
 
     return make
 

@@ -55,7 +55,7 @@ def test_pairs_are_the_same_codes_in_the_two_roles(drawn):
 
 def test_states_of_packs_are_those_of_transformers(drawn):
     backbone, _encoder, samples, costing = drawn
-    states = image_states(backbone, samples[:2], [s.spans[0] for s in samples[:2]], costing, "cpu")
+    states = image_states(backbone, samples[:2], [s.spans[0] for s in samples[:2]], costing, device="cpu")
     lm = backbone.causal_lm
     for n, sample in enumerate(samples[:2]):
         lm.model.config._attn_implementation = "eager"
@@ -69,8 +69,8 @@ def test_states_of_packs_are_those_of_transformers(drawn):
 def test_a_model_that_sees_no_context_sees_both_roles_alike(drawn):
     """Without what attention brings, a state depends on its code alone; with it, on the prompt."""
     backbone, encoder, samples, costing = drawn
-    normal = similarity_by_layer(backbone, encoder, samples, costing, "cpu")
+    normal = similarity_by_layer(backbone, encoder, samples, costing, device="cpu")
     assert normal[0] == pytest.approx(1, abs=1e-6) and all(0 < cka < 0.9999 for cka in normal[1:])
     for layer in backbone.causal_lm.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-    assert similarity_by_layer(backbone, encoder, samples, costing, "cpu") == pytest.approx([1] * 5, abs=1e-6)
+    assert similarity_by_layer(backbone, encoder, samples, costing, device="cpu") == pytest.approx([1] * 5, abs=1e-6)

@@ -116,7 +116,7 @@ def test_a_rank_that_holds_the_interpreter_is_ended_with_its_stacks(tmp_path):
 
 def test_a_rank_without_an_answer_is_named(tmp_path):
     entries = {0: {"host": "a", "stage": "backward", "seconds": 61.0}, 2: {"host": "b", "stage": "data", "seconds": 62.0}}
-    text = describe_hang(5, 60, entries, 3, tmp_path)
+    text = describe_hang(5, 60, entries, 3, here=tmp_path)
     assert "step 6 exceeds its budget of 60 s" in text
     assert "rank 0 on a: in stage 'backward' for 61 s" in text and "rank 2 on b: in stage 'data'" in text
     assert "rank 1: no answer" in text

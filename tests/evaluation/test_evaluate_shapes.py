@@ -26,7 +26,7 @@ def data(tmp_path_factory):
     plan = Plan(codebook_size=16, height=4, width=4, steps=4, channels=32)
     train_tokenizer(read_images([str(folder / "images-train-0000.tar")], SourceConfig(shards="none")), folder / "vq", plan)
     tokenizer = VQTokenizer(folder / "vq", 4, 4)
-    encode_shards([], folder / "codes", tokenizer, 1, ["cpu"])  # the manifest
+    encode_shards([], folder / "codes", tokenizer, 1, devices=["cpu"])  # the manifest
     for task in ("understanding", "generation"):
         for split in ("train", "seen", "test"):
             name = f"{task}-{split}-0000.tar"

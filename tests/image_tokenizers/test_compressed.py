@@ -32,7 +32,7 @@ SETTINGS = PlugInSettings(
 def folder(tmp_path_factory):
     """A plug-in after a few steps."""
     out = tmp_path_factory.mktemp("plug_in") / "out"
-    metrics = train_plug_in(digits.load("train").codes, digits.TOKENIZER, None, SETTINGS, out, Plan(60, 32))
+    metrics = train_plug_in(digits.load("train").codes, digits.TOKENIZER, None, SETTINGS, out=out, plan=Plan(60, 32))
     assert metrics == json.loads((out / "metrics.json").read_text()) and (out / "reconstructions.png").stat().st_size > 5000
     return out
 
@@ -105,7 +105,7 @@ def test_the_backbone_reads_features_in_place_of_embeddings(config):
     causal_lm = Parts(made).make_causal_lm()
     backbone, costing = Parts(made).make_backbone(causal_lm), Parts(made).inference_costing
     samples = [encoder(sample("generation")), encoder(sample()), encoder(sample())]
-    pack = build_pack(samples, costing, 2, 0, 0, 0)
+    pack = build_pack(samples, costing, 2, 0, step=0, seed=0)
     embedding, plain = backbone._embed(pack), causal_lm.model.embed_tokens(pack.tokens_T)
     rows = torch.zeros(pack.num_tokens, dtype=torch.bool)
     rows[pack.feature_rows_R] = True
@@ -118,7 +118,7 @@ def test_the_backbone_reads_features_in_place_of_embeddings(config):
     assert backbone.reader.weight.grad.abs().sum() > 0
     # nothing to read: the reader runs all the same, on no rows
     backbone.zero_grad()
-    backbone(build_pack(samples[:1], costing, 2, 0, 0, 0))[:-1].sum().backward()
+    backbone(build_pack(samples[:1], costing, 2, 0, step=0, seed=0))[:-1].sum().backward()
     assert backbone.reader.weight.grad.abs().sum() == 0
 
 
@@ -168,7 +168,7 @@ def test_mistakes(folder, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="another plug-in than the run began with"):
         CompressedTokenizer(folder, digits.TOKENIZER, expected="0").compress(np.zeros((1, 8, 8)))
     with pytest.raises(MegavlmError, match="exists already"):
-        train_plug_in(digits.load("train").codes, digits.TOKENIZER, None, SETTINGS, folder, Plan(1))
+        train_plug_in(digits.load("train").codes, digits.TOKENIZER, None, SETTINGS, out=folder, plan=Plan(1))
 
 
 def test_the_command(monkeypatch, digits_folder, tmp_path, capsys):

@@ -74,7 +74,7 @@ def make_lane_of(digits_folder):
 def test_encode_counts_and_refuses_another_fit(tmp_path, caplog):
     wide_shard(tmp_path / "a.tar")
     urls = [str(tmp_path / "a.tar")]
-    assert encode_shards(urls, tmp_path / "out", PixelTokenizer(17, 8, 8, "crop"), 1, ["cpu"]) == (1, 0)
+    assert encode_shards(urls, tmp_path / "out", PixelTokenizer(17, 8, 8, "crop"), 1, devices=["cpu"]) == (1, 0)
     assert "3 of 3 images are cut" in caplog.text and (tmp_path / "out" / MANIFEST).is_file()
     with pytest.raises(ConfigError, match="another image tokenizer"):
-        encode_shards(urls, tmp_path / "out", PixelTokenizer(17, 8, 8, "pad"), 1, ["cpu"])
+        encode_shards(urls, tmp_path / "out", PixelTokenizer(17, 8, 8, "pad"), 1, devices=["cpu"])

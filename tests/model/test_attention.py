@@ -26,7 +26,7 @@ def test_equals_the_dense_masked_reference_forward_and_backward(device, dtype, t
     tensors = [torch.randn(sum(LENGTHS), 3, 16, generator=generator).to(device, dtype) for _ in range(4)]
     inputs, weights = [x.requires_grad_() for x in tensors[:3]], tensors[3].float()
     results = []
-    for attend in (lambda: packed_attention(*inputs, sequences, 0.3), lambda: reference(*inputs, LENGTHS, 0.3)):
+    for attend in (lambda: packed_attention(*inputs, sequences, scale=0.3), lambda: reference(*inputs, LENGTHS, 0.3)):
         output = attend()
         results.append([output.float(), *torch.autograd.grad((output.float() * weights).sum(), inputs)])
     for ours, theirs in zip(*results):

@@ -125,8 +125,8 @@ def test_activation_checkpointing_changes_nothing(policy):
 
 def test_packed_equals_one_sample_at_a_time():
     samples = make_samples(MIXED)
-    packed = build_pack(samples, costing("dense"), 1, 0, 0, 0)
-    alone = [build_pack([sample], costing("dense"), 1, 0, 0, 0) for sample in samples]
+    packed = build_pack(samples, costing("dense"), 1, 0, step=0, seed=0)
+    alone = [build_pack([sample], costing("dense"), 1, 0, step=0, seed=0) for sample in samples]
     backbone = make_backbone()
     together = loss_and_gradients(backbone, lambda: backbone(packed))
     assert_close(together, loss_and_gradients(backbone, lambda: sum(backbone(pack) for pack in alone)), TOLERANCE)
@@ -166,7 +166,7 @@ def test_a_share_of_one_is_bit_identical_to_dense(kind, selector):
     options = {"at_layer": 1} if kind is Merge else {"selector": selector}
     options |= {"first_layer": 1, "end_layer": -1} if kind is Tread else {}
     everything = RoutingPlan(kind(keep_ratio=1.0, **options), POLICIES["dense"][1], NUM_LAYERS, Schedule(1, 0.0, 0.0))
-    kept = build_pack(make_samples(MIXED), Costing(everything, SHAPE), 1, 0, 0, 0)
+    kept = build_pack(make_samples(MIXED), Costing(everything, SHAPE), 1, 0, step=0, seed=0)
     backbone = make_backbone()
     first = loss_and_gradients(backbone, lambda: backbone(make_pack(MIXED, "dense")))
     assert_close(first, loss_and_gradients(backbone, lambda: backbone(kept)), 0.0)
@@ -179,7 +179,7 @@ def test_no_prediction_depends_on_a_later_token_the_selection_included(policy):
     samples, backbone = make_samples(MIXED), make_backbone(policy)
 
     def predict(samples):
-        pack = build_pack(samples, costing(policy), 1, 0, 0, 0)
+        pack = build_pack(samples, costing(policy), 1, 0, step=0, seed=0)
         with torch.no_grad():
             h_TD, _ = backbone.hidden_states(pack)
         return pack.rows_M.numpy(), h_TD

@@ -25,7 +25,7 @@ def decoder_of(backbone, samples, begins, policy, **options):
 
 def logits_of_packed(backbone, samples, policy):
     """``[S][place, V]`` for every place."""
-    pack = build_pack(samples, costing(policy), 1, 0, 0, 0)
+    pack = build_pack(samples, costing(policy), 1, 0, step=0, seed=0)
     h_TD, _ = backbone.hidden_states(pack)
     logits_TV = backbone.causal_lm.lm_head(backbone.causal_lm.model.norm(h_TD))
     return logits_TV.split(pack.sequences.lengths)

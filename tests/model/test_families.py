@@ -79,7 +79,7 @@ def make(architecture):
     plan = RoutingPlan(Dense(), Dense(), causal_lm.config.num_hidden_layers, Schedule(1, 0.0, 0.0))
     costing = Costing(plan, ModelShape.of(causal_lm.config))
     backbone = Backbone(causal_lm, plan, num_sources=1, max_labels=99, chunk_rows=99)
-    return backbone, build_pack(make_samples(LAYOUT), costing, 1, 0, 0, 0)
+    return backbone, build_pack(make_samples(LAYOUT), costing, 1, 0, step=0, seed=0)
 
 
 def assert_exact(architecture):

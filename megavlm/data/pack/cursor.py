@@ -12,7 +12,7 @@ from megavlm.randomness import Purpose, stream
 Raw = tuple[str, Members, Coordinates]
 
 
-def deal(num_shards: int, lane: int, num_lanes: int, seed: int, source_key: int, epoch: int) -> list[tuple[int, int, int]]:
+def deal(num_shards: int, lane: int, num_lanes: int, seed: int, *, source_key: int, epoch: int) -> list[tuple[int, int, int]]:
     """The part of a source that a lane reads in an epoch: ``(shard, offset, stride)``, samples offset, offset+stride, ….
 
     Shards come in a random order. Each lane gets the same number of whole ones; those left over are cut into slices,
@@ -43,7 +43,7 @@ class Cursor:
         open_url: Opens shards.
     """
 
-    def __init__(self, source: Source, number: int, lane: int, num_lanes: int, seed: int, state: list[int], open_url):
+    def __init__(self, source: Source, number: int, lane: int, num_lanes: int, *, seed: int, state: list[int], open_url):
         self.source = source
         self.number = number
         self.lane = lane
@@ -77,7 +77,7 @@ class Cursor:
         while not self.is_at_end:
             epoch, place, first = self.state
             num_found = 0
-            parts = deal(len(source.urls), self.lane, self.num_lanes, self.seed, source.key, epoch)
+            parts = deal(len(source.urls), self.lane, self.num_lanes, self.seed, source_key=source.key, epoch=epoch)
             for place in range(place, len(parts)):
                 shard, offset, stride = parts[place]
                 for index, (key, members) in enumerate(read_shard(source.urls[shard], source.name, self.open_url)):

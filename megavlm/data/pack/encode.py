@@ -184,7 +184,8 @@ class Encoder:
             begin, end = end, end + len(run.ids)
             tokens[begin:end], has_loss[begin:end], tasks[begin:end] = run.ids, run.has_loss, run.task
             if run.grid:
-                spans.append(Span(begin + 1, *run.grid, run.has_loss, run.features))
+                height, width = run.grid
+                spans.append(Span(begin + 1, height, width, run.has_loss, run.features))
         return EncodedSample(sample.key, sample.coordinates, tokens, has_loss, tasks, tuple(spans), task=TASKS.index(sample.task))
 
     def _is_unconditional(self, coordinates: Coordinates) -> bool:

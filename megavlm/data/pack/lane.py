@@ -71,6 +71,7 @@ class Lane:
         sources: list[Source],
         encoder: Encoder,
         costing: Costing,
+        *,
         mixture: Mixture,
         config: DataConfig,
         seed: int,
@@ -91,7 +92,7 @@ class Lane:
         entries = [state["sources"][source.name] for source in sources]
         self.passes = [entry["pass"] for entry in entries]
         self.cursors = [
-            Cursor(source, i, number, config.num_lanes, seed, entry["cursor"], self.open_url)
+            Cursor(source, i, number, config.num_lanes, seed=seed, state=entry["cursor"], open_url=self.open_url)
             for i, (source, entry) in enumerate(zip(sources, entries, strict=True))
         ]
         self.read_again = {"look_ahead": 0, "heads": sum(entry["cursor"][2] for entry in entries)}
@@ -115,7 +116,7 @@ class Lane:
 
     def __next__(self) -> tuple[Pack, State]:
         step = self.num_packs
-        pack = build_pack(self.next_samples(), self.costing, len(self.sources), self.number, step, self.seed)
+        pack = build_pack(self.next_samples(), self.costing, len(self.sources), self.number, step=step, seed=self.seed)
         return pack, self.state()
 
     def next_samples(self) -> list[EncodedSample]:
@@ -131,7 +132,7 @@ class Lane:
         step = self.num_packs
         self._price(step)
         rng = stream(self.seed, Purpose.PACKING, self.number, step)
-        chosen = choose(self._costs, self._sizes, self._target_at(step), self._bounds, rng)
+        chosen = choose(self._costs, self._sizes, self._target_at(step), self._bounds, rng=rng)
         samples = [self.waiting[i] for i in chosen]
         for i in reversed(chosen):
             del self.waiting[i]
@@ -191,7 +192,7 @@ class Lane:
         if self._target[0] != when:
             active = np.array([number not in self._finished for number in range(len(self.sources))])
             shares = self.shares * (active if active.any() else True)
-            target = target_flops(self.mixture, shares / shares.sum(), self.costing, self.config, step)
+            target = target_flops(self.mixture, shares / shares.sum(), self.costing, self.config, step=step)
             self._target = (when, target)
         return self._target[1]
 
@@ -215,7 +216,7 @@ class Lane:
     def _encode(self, key: str, members: Members, place: Coordinates) -> tuple[list[EncodedSample], list[Change]]:
         source, config = self.sources[place.source], self.config
         with reading_sample(source.name, source.urls[place.shard], key):
-            sample = formats.parse(key, members, source.config, place, self.seed)
+            sample = formats.parse(key, members, source.config, place, seed=self.seed)
             encoded, action = encode_within(sample, self.encoder, config.sample_tokens, config.over_long)
         changes = [] if action is None else [("over-long sample", action)]
         for image in sample.images.values():

@@ -114,7 +114,7 @@ class Loader:
         pin_memory: Put packs in page-locked memory, for asynchronous copies to a GPU.
     """
 
-    def __init__(self, make_lane, lanes: list[int], states: dict[int, State], num_workers: int, prefetch_packs: int, pin_memory: bool):
+    def __init__(self, make_lane, lanes: list[int], states: dict[int, State], num_workers: int, *, prefetch_packs: int, pin_memory: bool):
         self.lanes = lanes
         self.num_workers = min(num_workers, len(lanes))
         options = {}

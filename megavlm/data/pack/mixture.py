@@ -37,10 +37,10 @@ def estimate_mixture(sources: list[Source], encoder: Encoder, config: DataConfig
         open_url: Opens shards.
     """
     encoder = Encoder(encoder.vocabulary, GridOnly(encoder.image_tokenizer), encoder.unconditional_ratio, encoder.seed)
-    return {source.name: _estimate(number, source, encoder, config, open_url) for number, source in enumerate(sources)}
+    return {source.name: _estimate(number, source, encoder, config, open_url=open_url) for number, source in enumerate(sources)}
 
 
-def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig, open_url: Opener) -> SourceMixture:
+def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig, *, open_url: Opener) -> SourceMixture:
     num_samples = config.mixture_samples
     indexes = [read_index(url) for url in source.urls]
     size = sum(index.samples for index in indexes) if all(indexes) else None
@@ -51,7 +51,7 @@ def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig,
     per_shard = -(-num_samples // min(len(shards), NUM_SAMPLED_SHARDS))
     for shard in shards:
         try:
-            for layout in _layouts(number, source, shard, per_shard, encoder, config, open_url):
+            for layout in _layouts(number, source, shard, per_shard, encoder=encoder, config=config, open_url=open_url):
                 counted[layout] = counted.get(layout, 0) + 1
         except DataError as error:
             if not config.max_errors:
@@ -71,7 +71,7 @@ def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig,
 
 
 def _layouts(
-    number: int, source: Source, shard: int, num_samples: int, encoder: Encoder, config: DataConfig, open_url: Opener
+    number: int, source: Source, shard: int, num_samples: int, *, encoder: Encoder, config: DataConfig, open_url: Opener
 ) -> Iterator[Layout]:
     """The layouts of the first samples of a shard; bad samples are counted and reported when a lane comes to them.
 
@@ -83,7 +83,7 @@ def _layouts(
         place = Coordinates(number, 0, shard, index)
         try:
             with reading_sample(source.name, url, key):
-                sample = formats.parse(key, members, source.config, place, encoder.seed)
+                sample = formats.parse(key, members, source.config, place, seed=encoder.seed)
                 pieces = encode_within(sample, encoder, config.sample_tokens, config.over_long)[0]
         except DataError:
             continue
@@ -116,7 +116,7 @@ def token_shares(mixture: Mixture, config: DataConfig) -> np.ndarray:
     return weights / weights.sum()
 
 
-def target_flops(mixture: Mixture, shares: np.ndarray, costing: Costing, config: DataConfig, step: int) -> np.ndarray:
+def target_flops(mixture: Mixture, shares: np.ndarray, costing: Costing, config: DataConfig, *, step: int) -> np.ndarray:
     """The cost vector of every pack at this step: that of ``fill`` of the tokens of the average mixture that are within the bounds."""
     cost_per_token = 0.0
     for share, source in zip(shares, mixture.values(), strict=True):

@@ -149,7 +149,7 @@ def _spans(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     return lengths, tasks
 
 
-def build_pack(samples: list[EncodedSample], costing: Costing, num_sources: int, lane: int, step: int, seed: int) -> Pack:
+def build_pack(samples: list[EncodedSample], costing: Costing, num_sources: int, lane: int, *, step: int, seed: int) -> Pack:
     """Lay samples end to end and route them. A pure function of its arguments."""
     plan, strength = costing.plan, costing.plan.schedule.strength(step)
     lengths = np.array([sample.num_tokens for sample in samples])

@@ -25,7 +25,7 @@ WINDOW = 16
 """Pairs on either side of the wanted total cost that are looked at."""
 
 
-def choose(costs_nc: np.ndarray, sizes_n: np.ndarray, target_c: np.ndarray, bounds, rng: np.random.Generator) -> list[int]:
+def choose(costs_nc: np.ndarray, sizes_n: np.ndarray, target_c: np.ndarray, bounds, *, rng: np.random.Generator) -> list[int]:
     """Choose samples for one pack from a look-ahead whose oldest sample comes first.
 
     The oldest is always taken, so no sample waits for more packs than the look-ahead has places.
@@ -49,7 +49,7 @@ def choose(costs_nc: np.ndarray, sizes_n: np.ndarray, target_c: np.ndarray, boun
     num_kinds = kinds_n.max() + 1
     best = None
     for _ in range(MAX_ATTEMPTS):
-        search = _Search(costs_nc, sizes_bn, kinds_n, target_c, bounds_b)
+        search = _Search(costs_nc, sizes_bn, kinds_n, target_c, bounds_b=bounds_b)
         search.fill(rng)
         search.improve(rng)
         # where the samples are much alike, another filling ends at the same place
@@ -81,7 +81,7 @@ def _kinds(rows_nc: np.ndarray) -> np.ndarray:
 class _Search:
     """A pack in the making: which samples it has, what cost it misses and what has room."""
 
-    def __init__(self, costs_nc: np.ndarray, sizes_bn: np.ndarray, kinds_n: np.ndarray, target_c: np.ndarray, bounds_b: np.ndarray):
+    def __init__(self, costs_nc: np.ndarray, sizes_bn: np.ndarray, kinds_n: np.ndarray, target_c: np.ndarray, *, bounds_b: np.ndarray):
         # the last entry is the total, so that one sum of absolute values judges stages and total together;
         # the last sample stands for none: it costs nothing
         self.costs_nc = np.zeros((len(costs_nc) + 1, costs_nc.shape[1] + 1))

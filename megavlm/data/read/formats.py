@@ -72,7 +72,7 @@ def find_format(name: str) -> Format:
     raise ConfigError(f"data.sources: there is no format {name!r}\n  do:    use one of {', '.join(FORMATS)}, or module:function")
 
 
-def parse(key: str, members: Members, source, coordinates: Coordinates, seed: int) -> Sample:
+def parse(key: str, members: Members, source, coordinates: Coordinates, *, seed: int) -> Sample:
     """Decode one sample of a source.
 
     Args:

@@ -68,7 +68,7 @@ def read_samples(urls: list[str], source, report: Report, open_url=Opener()) -> 
                 keys.add(key)
                 try:
                     with reading_sample("", url, key):
-                        sample = formats.parse(key, members, source, Coordinates(0, 0, shard, index), 0)
+                        sample = formats.parse(key, members, source, Coordinates(0, 0, shard, index), seed=0)
                 except DataError as error:
                     report.add(error, url, key)
                     continue

@@ -117,7 +117,7 @@ def simulate_lane(situation: Situation, number: int, num_steps: int, packer: str
     look_ahead = config.look_ahead_samples
     waiting, costs, tokens, since = [], [], [], []
     costs_sc, tokens_s, longest, elapsed_s = [], [], 0, 0.0
-    target = target_flops(situation.mixture, shares, costing, config, situation.at_step)
+    target = target_flops(situation.mixture, shares, costing, config, step=situation.at_step)
     bounds = pack_bounds(config, costing)
     for step in range(num_steps):
         while len(waiting) < look_ahead:
@@ -133,7 +133,7 @@ def simulate_lane(situation: Situation, number: int, num_steps: int, packer: str
         if packer == "megavlm":
             packing = stream(situation.seed, Purpose.PACKING, number, step)
             sizes = pack_sizes(waiting, config, costing, situation.at_step)
-            chosen = choose(np.array(costs), sizes, target, bounds, packing)
+            chosen = choose(np.array(costs), sizes, target, bounds, rng=packing)
         else:
             chosen = _fill_in_order(tokens, config.pack_tokens, skip=packer == "first_fit")
         elapsed_s += time.thread_time() - begin
@@ -160,7 +160,7 @@ def _fill_in_order(tokens: list[int], max_tokens: int, skip: bool) -> list[int]:
     return chosen
 
 
-def simulate(situation: Situation, num_lanes: int, num_steps: int = 400, first_step: int = 200, num_processes: int = 1) -> dict:
+def simulate(situation: Situation, num_lanes: int, num_steps: int = 400, first_step: int = 200, *, num_processes: int = 1) -> dict:
     """Run all packers on all lanes and compare the steps from ``first_step`` on, when leftovers have gathered.
 
     Returns:

@@ -41,7 +41,7 @@ SAMPLES_AT_ONCE = 256
 RAW_TYPES = tuple(kind for kind in IMAGE_TYPES if kind != "npy")
 
 
-def encode_shards(urls: list[str], out: Path, tokenizer: ImageTokenizer, processes: int, devices: list[str]) -> tuple[int, int]:
+def encode_shards(urls: list[str], out: Path, tokenizer: ImageTokenizer, processes: int, *, devices: list[str]) -> tuple[int, int]:
     """Write a pre-tokenised copy of each shard, with an index beside it, into a folder.
 
     Args:

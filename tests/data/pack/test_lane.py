@@ -17,7 +17,7 @@ NUM_LANES = 64
 
 def steps_of(factory, lanes, num_steps, states=None, num_workers=0):
     """What a rank sees: per step the ids of its packs, and the states after each."""
-    loader = Loader(factory, lanes, states or {}, num_workers, 4, False)
+    loader = Loader(factory, lanes, states or {}, num_workers, prefetch_packs=4, pin_memory=False)
     seen, after = [], []
     for _ in range(num_steps):
         packs, states = next(loader)
@@ -96,7 +96,7 @@ def test_each_epoch_is_covered_exactly_once(make_factory, corpus_sources):
 
 def test_lanes_of_finite_sources_end_one_by_one(make_factory, corpus_sources):
     factory = make_factory({"generation": corpus_sources["generation"] | {"epochs": 1}}, num_lanes=4)
-    steps = list(Loader(factory, [0, 1, 2, 3], {}, 0, 4, False))
+    steps = list(Loader(factory, [0, 1, 2, 3], {}, 0, prefetch_packs=4, pin_memory=False))
     alone = {lane: [ids(pack) for pack, _ in factory(lane)] for lane in range(4)}
     together = {lane: [ids(pack) for packs, _ in steps for pack in packs if pack.lane == lane] for lane in range(4)}
     assert together == alone and len(steps) == max(map(len, alone.values()))
@@ -176,7 +176,7 @@ def test_bad_samples_are_counted_and_passed_over_up_to_a_limit(make_factory, tmp
 
 def test_errors_of_workers_arrive_as_they_are(make_factory, tmp_path):
     write_shard(tmp_path / "a.tar", [("0", pair("generation", 2)), ("1", {"json": b"{"})])
-    loader = Loader(make_factory({"a": {"shards": f"{tmp_path}/a.tar"}}, num_lanes=1), [0], {}, 1, 1, False)
+    loader = Loader(make_factory({"a": {"shards": f"{tmp_path}/a.tar"}}, num_lanes=1), [0], {}, 1, prefetch_packs=1, pin_memory=False)
     with pytest.raises(DataError, match="broken JSON"):
         next(loader)
 
@@ -250,6 +250,6 @@ def test_a_source_that_has_ended_stays_so_when_the_lane_goes_on(make_factory, co
 def test_slices_of_a_shard_rotate_with_the_epochs():
     """Four lanes share two shards, each half of one: over two epochs a lane does not meet the same half of a shard again."""
     for lane in range(4):
-        parts = [deal(2, lane, 4, seed, 0, epoch) for seed in range(20) for epoch in (0, 1)]
+        parts = [deal(2, lane, 4, seed, source_key=0, epoch=epoch) for seed in range(20) for epoch in (0, 1)]
         assert all(len(part) == 1 and part[0][2] == 2 for part in parts)
         assert all(first[0][1] != second[0][1] for first, second in zip(parts[::2], parts[1::2]))

@@ -73,7 +73,9 @@ class AtExit:
 
 def test_a_worker_that_is_ended_while_it_feeds_packs_cannot_abort(make_factory, corpus_sources, tmp_path):
     """Tearing an interpreter down under the thread that feeds aborts one worker in twenty, which the trainer takes for a killed one."""
-    loader = Loader(AtExit(make_factory(corpus_sources, num_lanes=4), tmp_path / "torn_down"), [0, 1, 2, 3], {}, 1, 4, False)
+    loader = Loader(
+        AtExit(make_factory(corpus_sources, num_lanes=4), tmp_path / "torn_down"), [0, 1, 2, 3], {}, 1, prefetch_packs=4, pin_memory=False
+    )
     next(loader)
     (worker,) = multiprocessing.active_children()
     loader.close()
@@ -84,7 +86,7 @@ def test_a_worker_that_is_ended_while_it_feeds_packs_cannot_abort(make_factory, 
 def test_a_killed_worker_is_found_where_its_packs_are_waited_for_and_nowhere_else(make_factory, corpus_sources):
     """Torch's handler of SIGCHLD would raise in the midst of a forward pass."""
     before = signal.getsignal(signal.SIGCHLD)
-    loader = Loader(make_factory(corpus_sources, num_lanes=4), [0, 1, 2, 3], {}, 2, 2, False)
+    loader = Loader(make_factory(corpus_sources, num_lanes=4), [0, 1, 2, 3], {}, 2, prefetch_packs=2, pin_memory=False)
     next(loader)
     assert signal.getsignal(signal.SIGCHLD) == before
     victim, *_ = multiprocessing.active_children()

@@ -52,9 +52,9 @@ def sizes_over_the_schedule(policies, **settings) -> np.ndarray:
     layouts = [layout for source in mixture.values() for _, layout in source.layouts if layout.num_tokens <= config.sample_tokens]
     for step in range(NUM_STEPS):
         waiting = [layouts[i] for i in rng.integers(len(layouts), size=64)]
-        target = target_flops(mixture, np.array([0.5, 0.5]), costing, config, step)
+        target = target_flops(mixture, np.array([0.5, 0.5]), costing, config, step=step)
         costs, sizes = np.array([costing.flops(layout, step) for layout in waiting]), pack_sizes(waiting, config, costing, step)
-        chosen = choose(costs, sizes, target, pack_bounds(config, costing), rng)
+        chosen = choose(costs, sizes, target, pack_bounds(config, costing), rng=rng)
         rows = sum(costing.rows(waiting[i], step) for i in chosen)
         found.append((sum(waiting[i].num_tokens for i in chosen), rows / SHAPE_7B.num_layers))
     return np.array(found)

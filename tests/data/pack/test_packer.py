@@ -15,7 +15,7 @@ def test_a_pack_has_the_oldest_is_within_its_tokens_and_is_repeatable(num, num_s
     costs, tokens = rng.exponential(size=(num, num_stages)), rng.integers(1, 50, num)
     costs[:, rng.random(num_stages) < 0.3] = 0
     target = costs.mean(0) * rng.uniform(0, 10)
-    first, again = (choose(costs, tokens, target, 100, np.random.default_rng(seed)) for _ in range(2))
+    first, again = (choose(costs, tokens, target, 100, rng=np.random.default_rng(seed)) for _ in range(2))
     assert first == again == sorted(set(first)) and first[0] == 0
     assert tokens[first].sum() <= 100
 
@@ -27,8 +27,8 @@ def test_stages_that_say_the_same_count_once():
     target = costs.mean(0) * 8
     wide = np.column_stack([costs[:, :1], np.repeat(costs[:, 1:] / 25, 25, axis=1)])
     wide_target = np.append(target[:1], np.repeat(target[1] / 25, 25))
-    chosen = choose(costs, tokens, target, 10**6, np.random.default_rng(1))
-    assert chosen == choose(wide, tokens, wide_target, 10**6, np.random.default_rng(1))
+    chosen = choose(costs, tokens, target, 10**6, rng=np.random.default_rng(1))
+    assert chosen == choose(wide, tokens, wide_target, 10**6, rng=np.random.default_rng(1))
 
 
 def test_the_standard_mixture_in_the_steady_state():

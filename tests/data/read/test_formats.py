@@ -24,7 +24,7 @@ def png(value=0) -> bytes:
 
 def parse(members, index=0, seed=0, **source):
     encoded = {k: v if isinstance(v, bytes) else json.dumps(v).encode() for k, v in members.items()}
-    return formats.parse("key", encoded, SourceConfig(shards="none", **source), Coordinates(0, 0, 0, index), seed)
+    return formats.parse("key", encoded, SourceConfig(shards="none", **source), Coordinates(0, 0, 0, index), seed=seed)
 
 
 def own(key, members, source, rng):

@@ -44,7 +44,7 @@ def llava(names, members, key="k", **source):
     turns = [{"from": "human", "value": "<image>" * len(names)}, {"from": "gpt", "value": "yes"}]
     document = json.dumps({"image": names, "conversations": turns}).encode()
     place = Coordinates(0, 0, 0, 0)
-    return formats.parse(key, {"json": document, **members}, SourceConfig(shards="none", format="llava", **source), place, 0)
+    return formats.parse(key, {"json": document, **members}, SourceConfig(shards="none", format="llava", **source), place, seed=0)
 
 
 def shades(sample) -> list[int]:
@@ -195,7 +195,7 @@ def test_a_sample_with_nothing_to_learn_is_an_error(tmp_path, make_factory):
     assert "nothing to learn" in problems(tmp_path / "a.tar")[0]
     # what the tokenizer makes nothing of is seen where it is encoded
     lane = make_factory({"s": {"shards": str(tmp_path / "a.tar"), "epochs": 1}}, num_lanes=1, max_errors=1)(0)
-    sample = formats.parse("b", {"json": json.dumps(good["json"]).encode()}, lane.sources[0].config, Coordinates(0, 0, 0, 0), 0)
+    sample = formats.parse("b", {"json": json.dumps(good["json"]).encode()}, lane.sources[0].config, Coordinates(0, 0, 0, 0), seed=0)
     lane.encoder.vocabulary.encode_text = lambda text: []
     with pytest.raises(DataError, match="nothing to learn"):
         encode_within(sample, lane.encoder, 100, "error")
@@ -271,4 +271,4 @@ def test_codes_of_an_endless_image_are_refused():
     members = pair("understanding", 1) | {"img0.npy": header.getvalue() + bytes(1 << 25)}
     members["json"] = json.dumps(members["json"]).encode()
     with pytest.raises(DataError, match="more than any image has"):
-        formats.parse("k", members, SourceConfig(shards="none"), Coordinates(0, 0, 0, 0), 0)
+        formats.parse("k", members, SourceConfig(shards="none"), Coordinates(0, 0, 0, 0), seed=0)

@@ -62,13 +62,13 @@ def test_killed_half_way_and_resumed_gives_the_same_bytes(digits_folder, vq, tmp
     # as if the kill had come between a shard and its index
     (broken / "generation-train-01.tar.index.json").unlink()
     before = (broken / "generation-train-00.tar").stat().st_mtime_ns
-    assert encode_shards(urls, broken, tokenizer, 1, ["cpu"]) == (4, 2)
+    assert encode_shards(urls, broken, tokenizer, 1, devices=["cpu"]) == (4, 2)
     assert (broken / "generation-train-00.tar").stat().st_mtime_ns == before, "what is complete is not done again"
     for path in whole.iterdir():
         assert (broken / path.name).read_bytes() == path.read_bytes(), path.name
     assert {p.name for p in broken.iterdir()} == {p.name for p in whole.iterdir()} | {MANIFEST}
     with pytest.raises(ConfigError, match="codes of another image tokenizer"):
-        encode_shards(urls, broken, PixelTokenizer(17, 8, 8), 1, ["cpu"])
+        encode_shards(urls, broken, PixelTokenizer(17, 8, 8), 1, devices=["cpu"])
 
 
 def test_keys_order_and_everything_but_pixels_stay(vq, tmp_path):
@@ -119,7 +119,9 @@ def test_codes_of_another_tokenizer_are_refused_where_they_are_used(digits_folde
     (tmp_path / "codes").mkdir()
     write_shard(tmp_path / "codes" / "a.tar", [])
     with pytest.raises(ConfigError, match="have the same name"):
-        encode_shards([str(tmp_path / "codes" / "a.tar"), str(tmp_path / "a.tar")], tmp_path / "x", VQTokenizer(vq, 4, 4), 1, ["cpu"])
+        encode_shards(
+            [str(tmp_path / "codes" / "a.tar"), str(tmp_path / "a.tar")], tmp_path / "x", VQTokenizer(vq, 4, 4), 1, devices=["cpu"]
+        )
     (tmp_path / "codes" / MANIFEST).write_text(json.dumps({"fingerprint": "f", "codebook_size": 8192, "height": 8, "width": 8}))
     with pytest.raises(ConfigError, match="codebook_size: 8192 in the folder, 17 here"):
         check_codes([str(tmp_path / "codes" / "a.tar")], PixelTokenizer(17, 8, 8))
@@ -134,4 +136,4 @@ def test_broken_images_are_named(vq, tmp_path):
         encode_shard(str(tmp_path / "a.tar"), tmp_path / "out.tar", VQTokenizer(vq, 4, 4))
     assert caught.value.key == "k" and not (tmp_path / "out.tar").exists()
     with pytest.raises(ConfigError, match="is no tar"):
-        encode_shards(["https://host/x.jsonl"], tmp_path / "out", VQTokenizer(vq, 4, 4), 1, ["cpu"])
+        encode_shards(["https://host/x.jsonl"], tmp_path / "out", VQTokenizer(vq, 4, 4), 1, devices=["cpu"])
