@@ -1,4 +1,4 @@
-"""The errors that a user is meant to read: each says what is wrong, where, and what to do about it."""
+"""The errors that a user is meant to read: each says what is wrong, where, and what to do about it. Tested by `tests/test_config.py`."""
 
 MAX_SHOWN = 2000
 """Characters of a problem, or of a name, that are shown: what a sample holds may be long."""

@@ -2,6 +2,8 @@
 
 A stream is named by integers (seed, purpose, then whatever it depends on: lane, step, epoch, …). The same name
 gives the same numbers on any rank, in any worker, before and after an interruption.
+
+Tested by `tests/data/pack/test_lane.py`.
 """
 
 import hashlib

@@ -1,6 +1,8 @@
 """The base of every typed setting, and the kinds of values; the tree of settings is in `megavlm.config.run`.
 
 Numbers have limits, so that nothing is allocated, hashed or waited for that no machine can hold. `true` is no number, 1 is no switch.
+
+Tested by `tests/test_config.py`.
 """
 
 from typing import Annotated, Any

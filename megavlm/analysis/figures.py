@@ -1,4 +1,4 @@
-"""The figures of `megavlm analyze`."""
+"""The figures of `megavlm analyze`. Tested by `tests/analysis/test_report.py`."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""The geometry of the tasks over a run: alignment of their gradients and similarity of their states, at every checkpoint that exists."""
+"""The geometry of the tasks over a run: alignment of their gradients and similarity of their states, at every checkpoint that exists.
+
+Tested by `tests/analysis/test_report.py`.
+"""
 
 import logging
 from dataclasses import asdict

@@ -2,6 +2,8 @@
 
 The host knows all of it before the device sees the pack. Content decides *which* tokens of a span are active, but not how many, and rows
 stay in order. So the kind of every active row follows from lengths alone (P4).
+
+Tested by `tests/analysis/test_attention.py`.
 """
 
 from dataclasses import dataclass

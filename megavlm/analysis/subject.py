@@ -1,6 +1,8 @@
 """What is analysed: a run's weights, and samples laid into packs.
 
 Samples are the first ones of the run's own lanes, or of held-out shards that the caller names.
+
+Tested by `tests/analysis/test_report.py`.
 """
 
 from itertools import count

@@ -3,6 +3,8 @@
 Candidates are `late_drop` and `tread` for images that are read, `tread` for images that are drawn. Of all pairs that meet the target, the
 one with the smallest rise of the training's loss is taken. With ``shared`` both tasks get `shared_bypass` with the same block. The reason:
 task-specific routes push the tasks onto different parameters (arXiv 2606.01503), and the probe, which trains nothing, cannot see that.
+
+Tested by `tests/analysis/test_probe.py`.
 """
 
 from collections.abc import Sequence

@@ -2,6 +2,8 @@
 
 8x8 pixels of 17 grey levels. Every fifth image, by index, is held out. Each image gives one sample per task; its phrasing is drawn
 once from a fixed seed.
+
+Tested by `tests/evaluation/test_digits.py`.
 """
 
 import io

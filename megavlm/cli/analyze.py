@@ -1,4 +1,4 @@
-"""The commands under `megavlm analyze`."""
+"""The commands under `megavlm analyze`. Tested by `tests/analysis/test_report.py`."""
 
 from megavlm.cli.arguments import Positive
 from megavlm.errors import ConfigError

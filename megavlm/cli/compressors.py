@@ -1,4 +1,4 @@
-"""The command under `megavlm data` that trains a UniCompress plug-in."""
+"""The command under `megavlm data` that trains a UniCompress plug-in. Tested by `tests/cli/test_main.py`."""
 
 import json
 from pathlib import Path

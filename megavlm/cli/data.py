@@ -1,4 +1,4 @@
-"""The commands under `megavlm data`."""
+"""The commands under `megavlm data`. Tested by `tests/cli/test_main.py`."""
 
 import os
 from pathlib import Path

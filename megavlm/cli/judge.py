@@ -1,4 +1,4 @@
-"""The commands under `megavlm judge`."""
+"""The commands under `megavlm judge`. Tested by `tests/evaluation/sets/test_judge.py`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The commands under `megavlm data` that train tokenizers and use them."""
+"""The commands under `megavlm data` that train tokenizers and use them. Tested by `tests/cli/test_main.py`."""
 
 import json
 import os

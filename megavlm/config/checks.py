@@ -1,4 +1,7 @@
-"""What settings say of each other: contradictions that no single setting shows, found when the recipe is read."""
+"""What settings say of each other: contradictions that no single setting shows, found when the recipe is read.
+
+Tested by `tests/test_config.py`.
+"""
 
 import difflib
 from collections.abc import Iterator

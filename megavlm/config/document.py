@@ -2,6 +2,8 @@
 
 Beside YAML 1.1, which the parser knows: ``1e-3`` is a number, ``010`` and ``1:30`` and ``2026-01-01`` are text, a name twice in one mapping
 is a mistake. Strings, numbers, booleans, null, lists and mappings with names is all that a recipe may hold.
+
+Tested by `tests/test_config.py`.
 """
 
 import re

@@ -2,6 +2,8 @@
 
 ``load_config`` reports *all* mistakes of a recipe and its overrides at once, each with its dotted path, the value
 that was given and, for a name that does not exist, the nearest one that does.
+
+Tested by `tests/test_config.py`.
 """
 
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""The words for what is wrong with a recipe: the path, the value, and the nearest name that exists."""
+"""The words for what is wrong with a recipe: the path, the value, and the nearest name that exists. Tested by `tests/test_config.py`."""
 
 import difflib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A complete run: the settings of every part."""
+"""A complete run: the settings of every part. Tested by `tests/test_config.py`."""
 
 from megavlm.data.pack.config import DataConfig
 from megavlm.engine.guard import FaultConfig

@@ -6,6 +6,8 @@
 
 A signal may reach one process only, or each at another moment. So a handler merely notes it, and before every micro-batch
 the ranks agree on the strongest wish that any of them has, in one small all-reduce over host memory that waits for no GPU.
+
+Tested by `tests/distributed/test_faults.py`.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What we use of DeepSpeed's engine at stage 3, whose own types say nothing."""
+"""What we use of DeepSpeed's engine at stage 3, whose own types say nothing. Tested by `tests/distributed/test_training.py`."""
 
 from collections.abc import MutableMapping
 from typing import Any, Protocol

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step."""
+"""The learning rate as a function of the step. Tested by `tests/distributed/test_training.py`."""
 
 import math
 from typing import Annotated

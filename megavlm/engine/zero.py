@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3 engine around the backbone, and what we mend in it."""
+"""DeepSpeed's ZeRO-3 engine around the backbone, and what we mend in it. Tested by `tests/distributed/test_training.py`."""
 
 from typing import Annotated
 

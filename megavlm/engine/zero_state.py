@@ -6,6 +6,8 @@ also the rule of a DTensor with ``Shard(0)``; that is what lets another world si
     value/NAME         float32 master of a parameter (the value itself, if it is frozen)
     exp_avg/NAME       Adam's first moment
     exp_avg_sq/NAME    Adam's second moment
+
+Tested by `tests/engine/test_checkpoint.py`.
 """
 
 import torch

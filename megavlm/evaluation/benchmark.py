@@ -1,4 +1,7 @@
-"""Benchmarks: their questions, requests and judges. A benchmark of your own is a class that the recipe names as ``module:Class``."""
+"""Benchmarks: their questions, requests and judges. A benchmark of your own is a class that the recipe names as ``module:Class``.
+
+Tested by `tests/cli/test_main.py`.
+"""
 
 import importlib
 from typing import Any, Protocol

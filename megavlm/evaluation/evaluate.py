@@ -1,4 +1,7 @@
-"""A trained run, judged: understanding on held-out samples, generation by the benchmark's judge."""
+"""A trained run, judged: understanding on held-out samples, generation by the benchmark's judge.
+
+Tested by `tests/evaluation/test_evaluate_shapes.py`.
+"""
 
 import json
 import logging

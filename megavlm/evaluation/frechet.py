@@ -1,6 +1,8 @@
 """The Fréchet distance between two sets of features, each taken for a Gaussian (as in FID, Heusel et al. 2017).
 
 Letters: N things that have features, D features.
+
+Tested by `tests/evaluation/sets/test_drawing_scores.py`.
 """
 
 import numpy as np

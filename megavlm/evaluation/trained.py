@@ -1,4 +1,7 @@
-"""A trained model in this one process, and the settings that say how it draws and is judged."""
+"""A trained model in this one process, and the settings that say how it draws and is judged.
+
+Tested by `tests/evaluation/sets/test_judge.py`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,6 +1,8 @@
 """Understanding: does the model give the right answer about an image?
 
 A sample can be judged if its ``meta`` has the right ``answer``. Scoring also needs the ``choices``.
+
+Tested by `tests/evaluation/test_sampling.py`.
 """
 
 from collections.abc import Sequence

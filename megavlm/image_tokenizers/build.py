@@ -1,4 +1,4 @@
-"""Builds the image tokenizer from its settings."""
+"""Builds the image tokenizer from its settings. Tested by `tests/image_tokenizers/test_vq.py`."""
 
 from typing import Annotated
 

@@ -7,6 +7,8 @@ self-attention) and to all global and compressed tokens (cross-attention). It is
 The loss of a position has two terms, in our reading: the squared error of a regressed embedding, in units of the embeddings'
 variance, and the cross-entropy of the code ("codebook consistency"). Codes have a head of their own, because a regressed mean of two likely
 embeddings may lie nearest to a third.
+
+Tested by `tests/image_tokenizers/test_compressor.py`.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Images as grey levels of single pixels."""
+"""Images as grey levels of single pixels. Tested by `tests/evaluation/test_digits.py`."""
 
 import hashlib
 from collections.abc import Collection

@@ -2,6 +2,8 @@
 
 At first nothing is quantised. Then the codebook is placed on features of the last batches. From then on, entries that nothing chose for a
 while restart on features of the current batch (random restarts: Jukebox, arXiv 2005.00341), until the last part of the training.
+
+Tested by `tests/image_tokenizers/test_compressed.py`.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""The protocol of image tokenizers: ``encode(images) -> codes``, ``decode(codes) -> images``, and what the engine needs beside that."""
+"""The protocol of image tokenizers: ``encode(images) -> codes``, ``decode(codes) -> images``, and what the engine needs beside that.
+
+Tested by `tests/image_tokenizers/test_compressed.py`.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass

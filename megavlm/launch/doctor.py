@@ -1,4 +1,4 @@
-"""What this machine can do, which versions are here, and what is missing."""
+"""What this machine can do, which versions are here, and what is missing. Tested by `tests/cli/test_main.py`."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,7 @@
-"""What is asked of SLURM for a run: the options of `megavlm submit`, checked before the job has waited for a day."""
+"""What is asked of SLURM for a run: the options of `megavlm submit`, checked before the job has waited for a day.
+
+Tested by `tests/launch/test_submit.py`.
+"""
 
 import re
 import shlex

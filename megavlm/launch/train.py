@@ -1,4 +1,7 @@
-"""`megavlm train` in one process: start, train, and end with a status that says what should happen next."""
+"""`megavlm train` in one process: start, train, and end with a status that says what should happen next.
+
+Tested by `tests/distributed/test_faults.py`.
+"""
 
 import json
 import logging

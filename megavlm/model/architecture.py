@@ -1,4 +1,4 @@
-"""The recipe's ``model``: what is wrong with an architecture is said when the recipe is read."""
+"""The recipe's ``model``: what is wrong with an architecture is said when the recipe is read. Tested by `tests/model/test_families.py`."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,4 +1,7 @@
-"""From the fields of a ``config.json``, in any style that `transformers` reads, to its configuration of a text decoder."""
+"""From the fields of a ``config.json``, in any style that `transformers` reads, to its configuration of a text decoder.
+
+Tested by `tests/model/test_families.py`.
+"""
 
 import difflib
 import json

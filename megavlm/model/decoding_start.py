@@ -1,6 +1,8 @@
 """Where decoding may begin: refuses what would depend on tokens that are not there yet.
 
 Letters: C candidates, R rows that are read as features.
+
+Tested by `tests/model/test_routes.py`.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""A small copy of an architecture, run packed through the backbone and padded through `transformers`: both must say the same."""
+"""A small copy of an architecture, run packed through the backbone and padded through `transformers`: both must say the same.
+
+Tested by `tests/model/test_families.py`.
+"""
 
 import json
 from functools import lru_cache

@@ -1,4 +1,7 @@
-"""Queries and keys as they were before the rotary embedding, of any family that is exact here."""
+"""Queries and keys as they were before the rotary embedding, of any family that is exact here.
+
+Tested by `tests/model/test_families.py`.
+"""
 
 import sys
 

@@ -2,6 +2,8 @@
 
 TensorBoard's own writer hands records to a thread, which dies of the first failure and raises later, elsewhere. Here every record is
 written at once. One that did not fit is taken back, so that what follows can be read.
+
+Tested by `tests/distributed/test_full_disk.py`.
 """
 
 import io

@@ -1,4 +1,7 @@
-"""Meters of the last few steps, summed on each rank. They are summed over ranks only when they are reported."""
+"""Meters of the last few steps, summed on each rank. They are summed over ranks only when they are reported.
+
+Tested by `tests/distributed/test_training.py`.
+"""
 
 import time
 from collections.abc import Sequence

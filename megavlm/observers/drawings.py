@@ -1,4 +1,7 @@
-"""Drawings during training: the recipe's prompts, every so many steps, in TensorBoard and ``RUN/samples/``."""
+"""Drawings during training: the recipe's prompts, every so many steps, in TensorBoard and ``RUN/samples/``.
+
+Tested by `tests/distributed/test_training.py`.
+"""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""From the resolved configuration to the parts of a run, each made once per process."""
+"""From the resolved configuration to the parts of a run, each made once per process. Tested by `tests/parts/test_resolve.py`."""
 
 from functools import cached_property
 from typing import Any

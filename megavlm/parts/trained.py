@@ -1,4 +1,4 @@
-"""From a run folder to its configuration and its trained model."""
+"""From a run folder to its configuration and its trained model. Tested by `tests/evaluation/sets/test_judge.py`."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,8 @@
 """The route of one pack, built from its layout and the plan of the run.
 
 Letters: s stages, C candidates, Q rows of questions, U rows of a stage that give keys.
+
+Tested by `tests/routing/test_route.py`.
 """
 
 import numpy as np

@@ -1,4 +1,7 @@
-"""What a policy may ask of a task, whoever wrote it. What cannot be computed exactly is refused when the recipe is read."""
+"""What a policy may ask of a task, whoever wrote it. What cannot be computed exactly is refused when the recipe is read.
+
+Tested by `tests/routing/test_route.py`.
+"""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,8 @@
 """Causal gates with an exact quota: the selector of `mixture_of_depths`.
 
 Letters: C candidates.
+
+Tested by `tests/model/test_backbone.py`.
 """
 
 import torch

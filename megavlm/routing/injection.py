@@ -1,6 +1,8 @@
 """Keys and values without travelling: the modules of the control arms `kv_injection`.
 
 Letters: R rows that give only keys and values.
+
+Tested by `tests/model/test_backbone.py`.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """Bipartite merging of image tokens: the mechanism of the policy `merge` (ToMe, arXiv 2210.09461).
 
 Letters: C candidates.
+
+Tested by `tests/model/test_backbone.py`.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """The policies of a run, resolved for a model: stages, and how many tokens are active in each (P4).
 
 Letters: s stages.
+
+Tested by `tests/routing/test_route.py`.
 """
 
 from collections.abc import Sequence

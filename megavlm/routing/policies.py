@@ -3,6 +3,8 @@
 A policy is a `Settings` class with a ``policy`` name and a method ``layers``; `register_policy` makes it known to recipes. A token that
 is inactive in a layer stays in the residual stream as it was: whether it is *dropped* (never active again) or *bypasses* (active
 again later) is only a matter of the later layers' shares.
+
+Tested by `tests/routing/test_route.py`.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union

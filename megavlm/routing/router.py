@@ -8,6 +8,8 @@
 Letters: C candidates.
 
 Nothing here makes the host wait: every size and every index that does not depend on content comes with the route (P4).
+
+Tested by `tests/model/test_backbone.py`.
 """
 
 import torch

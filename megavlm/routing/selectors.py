@@ -5,6 +5,8 @@ content, so it may serve spans that the model is to predict (P6). A *device sele
 the stage begins, and the highest stay; it may serve spans that the model reads.
 
 Letters: C candidates, Q rows of questions.
+
+Tested by `tests/routing/test_route.py`.
 """
 
 import difflib

@@ -1,4 +1,7 @@
-"""The tasks of a sample. Image spans belong to one of the first two: those that are read, and those that are drawn."""
+"""The tasks of a sample. Image spans belong to one of the first two: those that are read, and those that are drawn.
+
+Tested by `tests/routing/test_route.py`.
+"""
 
 from enum import IntEnum
 from typing import Literal, cast

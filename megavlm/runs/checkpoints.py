@@ -1,4 +1,7 @@
-"""The commands of `megavlm checkpoint`: list, verify and prune, even while the run is in progress. And which checkpoint a path means."""
+"""The commands of `megavlm checkpoint`: list, verify and prune, even while the run is in progress. And which checkpoint a path means.
+
+Tested by `tests/cli/test_runs.py`.
+"""
 
 import logging
 import time

@@ -1,4 +1,7 @@
-"""How a run ends. The code is the process's exit status; it is also left in RUN/exit_code, because a launcher may report its own."""
+"""How a run ends. The code is the process's exit status; it is also left in RUN/exit_code, because a launcher may report its own.
+
+Tested by `tests/distributed/test_faults.py`.
+"""
 
 import os
 import shutil

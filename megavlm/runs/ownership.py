@@ -1,5 +1,8 @@
 """Which start of a run may write checkpoints. After a lost node the processes of the old start can live on beside the
-new ones."""
+new ones.
+
+Tested by `tests/engine/test_checkpoint.py`.
+"""
 
 import json
 import logging

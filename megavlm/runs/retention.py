@@ -1,4 +1,4 @@
-"""When checkpoints are written, and which of them stay."""
+"""When checkpoints are written, and which of them stay. Tested by `tests/runs/test_manifest.py`."""
 
 import math
 from collections.abc import Sequence

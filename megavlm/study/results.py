@@ -1,4 +1,4 @@
-"""Reads the runs of a study into a table of numbers per (policy, data, seed)."""
+"""Reads the runs of a study into a table of numbers per (policy, data, seed). Tested by `tests/study/test_report.py`."""
 
 from dataclasses import dataclass
 from typing import Any

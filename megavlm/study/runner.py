@@ -1,4 +1,7 @@
-"""Trains and judges the arms of a study, one after another or a few at a time. Arms that are done are not repeated."""
+"""Trains and judges the arms of a study, one after another or a few at a time. Arms that are done are not repeated.
+
+Tested by `tests/study/test_report.py`.
+"""
 
 import logging
 import os

@@ -1,4 +1,7 @@
-"""What is written beside checkpoints never ends a run: pictures, TensorBoard, tables, status, reports of faults."""
+"""What is written beside checkpoints never ends a run: pictures, TensorBoard, tables, status, reports of faults.
+
+Tested by `tests/system/test_files.py`.
+"""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,7 @@
-"""``RUN/log.txt``: what is printed, in a file. A disk that is full does not end the run, nor fill the screen."""
+"""``RUN/log.txt``: what is printed, in a file. A disk that is full does not end the run, nor fill the screen.
+
+Tested by `tests/system/test_files.py`.
+"""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""What this machine can hold, so that what it cannot is refused before it is allocated."""
+"""What this machine can hold, so that what it cannot is refused before it is allocated. Tested by `tests/parts/test_fitness.py`."""
 
 import os
 import resource

@@ -1,4 +1,7 @@
-"""Whether a process of this machine still lives, told apart from a later one that got its number."""
+"""Whether a process of this machine still lives, told apart from a later one that got its number.
+
+Tested by `tests/runs/test_status.py`.
+"""
 
 import os
 from pathlib import Path

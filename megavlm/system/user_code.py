@@ -1,4 +1,4 @@
-"""Python files and modules of the user's own: policies, formats, benchmarks."""
+"""Python files and modules of the user's own: policies, formats, benchmarks. Tested by `tests/routing/test_user_policy.py`."""
 
 import importlib
 import importlib.machinery

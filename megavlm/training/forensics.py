@@ -2,6 +2,8 @@
 
 ``RUN/forensics/step-00000012.json`` holds why the step was skipped, and for each of its packs the samples and the
 lane's state before it, from which the same lane makes the same pack again.
+
+Tested by `tests/distributed/test_faults.py`.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""Weights to begin with: of another run, of one of its checkpoints, of an exported folder, or of a pretrained Hugging Face model."""
+"""Weights to begin with: of another run, of one of its checkpoints, of an exported folder, or of a pretrained Hugging Face model.
+
+Tested by `tests/parts/test_export.py`.
+"""
 
 import logging
 from pathlib import Path

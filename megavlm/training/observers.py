@@ -2,6 +2,8 @@
 
 An observer is handed to the `Trainer` and called by all ranks together. It must not change what is trained. It calls the same
 collectives on every rank; what one rank does alone, such as writing, it does in `megavlm.system.harmless`.
+
+Tested by `tests/observers/test_instruments.py`.
 """
 
 import logging

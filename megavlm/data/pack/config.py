@@ -1,4 +1,4 @@
-"""The settings of the packs, and what is known of the mixture they are built from."""
+"""The settings of the packs, and what is known of the mixture they are built from. Tested by `tests/data/pack/test_lane.py`."""
 
 from functools import cached_property
 from typing import Annotated, Literal

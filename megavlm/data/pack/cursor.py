@@ -1,4 +1,4 @@
-"""A lane's way through a source: which parts of which shards, in which order."""
+"""A lane's way through a source: which parts of which shards, in which order. Tested by `tests/data/pack/test_lane.py`."""
 
 from collections.abc import Iterator
 from contextlib import suppress

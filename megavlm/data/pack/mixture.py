@@ -1,4 +1,7 @@
-"""What the mixture is like: sampled layouts of every source, and what follows from them, shares and target costs."""
+"""What the mixture is like: sampled layouts of every source, and what follows from them, shares and target costs.
+
+Tested by `tests/data/pack/test_lane.py`.
+"""
 
 import logging
 from collections.abc import Iterator

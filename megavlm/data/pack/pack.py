@@ -1,4 +1,4 @@
-"""The pack: one micro-batch of whole samples laid end to end, no padding, with its route."""
+"""The pack: one micro-batch of whole samples laid end to end, no padding, with its route. Tested by `tests/model/test_backbone.py`."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache

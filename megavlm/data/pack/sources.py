@@ -1,4 +1,7 @@
-"""Sources: named lists of shards with a share of the mixture, and what a checkpoint's state means after they changed."""
+"""Sources: named lists of shards with a share of the mixture, and what a checkpoint's state means after they changed.
+
+Tested by `tests/data/pack/test_lane.py`.
+"""
 
 import zlib
 from dataclasses import dataclass, field

@@ -1,6 +1,8 @@
 """Streams that may be compressed, read to their last byte: several compressed files after each other are one, and what is none is an error.
 
 Python's own readers take the first of several for all (``tarfile``), or pass over what follows (``bz2``, ``lzma``).
+
+Tested by `tests/data/read/test_tar.py`.
 """
 
 import bz2

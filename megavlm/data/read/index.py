@@ -1,4 +1,7 @@
-"""The index beside a shard, ``shard.tar.index.json``: how many samples it holds, how they are written, and its size then."""
+"""The index beside a shard, ``shard.tar.index.json``: how many samples it holds, how they are written, and its size then.
+
+Tested by `tests/data/read/test_shards.py`.
+"""
 
 import json
 import logging

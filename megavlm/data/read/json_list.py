@@ -1,4 +1,7 @@
-"""The elements of a JSON list from a stream, one at a time: a list of samples may be larger than the memory."""
+"""The elements of a JSON list from a stream, one at a time: a list of samples may be larger than the memory.
+
+Tested by `tests/data/read/test_found.py`.
+"""
 
 import codecs
 import json

@@ -1,4 +1,4 @@
-"""The images of a LLaVA sample, in the order in which its JSON names them."""
+"""The images of a LLaVA sample, in the order in which its JSON names them. Tested by `tests/data/read/test_formats.py`."""
 
 import re
 import stat

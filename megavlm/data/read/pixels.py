@@ -5,6 +5,8 @@ transparency           stands on white, as in a browser; Pillow alone would show
 EXIF orientation       is applied: the image stands as it is meant to be seen
 animations             are refused: their first frame is not what they show
 CMYK                   Pillow's conversion, without colour profiles
+
+Tested by `tests/data/read/test_found.py`.
 """
 
 import io

@@ -2,6 +2,8 @@
 
 Pillow, numpy, JSON, tars, tokenizers and users' formats raise whatever they stumble over. Lanes, lint, the data tools, indexes, the
 mixture and evaluation read through `reading_shard` and `reading_sample`, so each of them names the same place.
+
+Tested by `tests/data/read/test_found.py`.
 """
 
 from collections.abc import Iterator

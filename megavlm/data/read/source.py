@@ -1,4 +1,7 @@
-"""The settings of a source: which shards, how they are written, and their share of the mixture."""
+"""The settings of a source: which shards, how they are written, and their share of the mixture.
+
+Tested by `tests/data/read/test_formats.py`.
+"""
 
 from typing import Annotated
 

@@ -1,4 +1,7 @@
-"""The images of shards, for what is trained on images alone: image tokenizers and their plug-ins."""
+"""The images of shards, for what is trained on images alone: image tokenizers and their plug-ins.
+
+Tested by `tests/evaluation/test_evaluate_shapes.py`.
+"""
 
 import logging
 from collections.abc import Iterator

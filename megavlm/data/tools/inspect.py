@@ -1,4 +1,7 @@
-"""What is in some shards: a table and a contact sheet. Samples are read one at a time, and only a few thumbnails are kept."""
+"""What is in some shards: a table and a contact sheet. Samples are read one at a time, and only a few thumbnails are kept.
+
+Tested by `tests/data/tools/test_describe.py`.
+"""
 
 import io
 from collections import Counter

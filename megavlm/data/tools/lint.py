@@ -1,4 +1,7 @@
-"""Every problem of some shards, each with its shard and key. Reads to the end, executes nothing, and writes nothing."""
+"""Every problem of some shards, each with its shard and key. Reads to the end, executes nothing, and writes nothing.
+
+Tested by `tests/data/tools/test_describe.py`.
+"""
 
 import logging
 import re

@@ -5,6 +5,8 @@ Two rivals run on the same streams of samples: *first-come* (fill the pack in or
 
 Under ZeRO-3 ranks wait for each other at every layer, so a step takes as long as the sum over the stages of the slowest lane's cost
 ("stages' maxima summed"), relative to the mean total cost of a lane; 1.0 is perfect.
+
+Tested by `tests/data/pack/test_packer.py`.
 """
 
 import json

@@ -4,6 +4,8 @@
 
 Words are runs of letters and digits, with an inner apostrophe, in lower case. The published scorers split words with the Penn Treebank
 tokenizer, which treats "isn't" and the like otherwise: figures are close to theirs, not equal.
+
+Tested by `tests/evaluation/sets/test_reading_scores.py`.
 """
 
 import math

@@ -1,6 +1,8 @@
 """Sets in local files: their entries, their images, and a list of unusable entries.
 
 A set is JSON lines, a JSON list, or a JSON object of id → entry. The content tells which, because many published ``.json`` files are lines.
+
+Tested by `tests/evaluation/sets/test_judge.py`.
 """
 
 import json

@@ -4,6 +4,8 @@ megavlm ships no network. A feature function takes images, uint8 RGB ``[N, H, W,
 are comparable with published ones if the network is the same with the same preprocessing (for FID the pool features of Inception v3).
 
 Letters: N images or texts, H and W their height and width, C colours, D features.
+
+Tested by `tests/evaluation/sets/test_drawing_scores.py`.
 """
 
 from collections.abc import Callable

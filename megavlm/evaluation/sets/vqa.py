@@ -4,6 +4,8 @@
 {"image": "1.jpg", "question": "What is it?", "answer": "a dog"}                         a list of these, or lines
 {"image": "1.jpg", "question": "What is it?", "answers": ["dog", "puppy"], "group": "what"}
 {"2064": {"imageId": "2370799", "question": "Is it red?", "answer": "no"}}               GQA's own form
+
+Tested by `tests/evaluation/sets/test_reading_scores.py`.
 """
 
 import re

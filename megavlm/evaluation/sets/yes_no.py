@@ -1,6 +1,8 @@
 """Questions answered by yes or no, as in POPE (Li et al. 2023), which asks about objects that are or are not in an image.
 
 {"image": "1.jpg", "text": "Is there a dog in the image?", "label": "no"}
+
+Tested by `tests/evaluation/sets/test_reading_scores.py`.
 """
 
 import re
