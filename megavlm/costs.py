@@ -7,6 +7,7 @@ what fused kernels execute. Norms, activations and rotary embeddings are left ou
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 BACKWARD_FACTOR = 2
 """The backward pass multiplies by each matrix twice: once for the inputs' gradient, once for the weights'."""
@@ -65,7 +66,7 @@ class ModelShape:
         """Forward FLOPs of the output head per labelled row."""
         return 2 * self.width * self.vocabulary_size
 
-    def layers_flops(self, active_tokens, attended_tokens=None, bias_columns: int = 0) -> np.ndarray:
+    def layers_flops(self, active_tokens, attended_tokens=None, bias_columns: ArrayLike = 0) -> np.ndarray:
         """Forward FLOPs of one layer for sequences of these lengths: ``a·L + b·L²``.
 
         Args:

@@ -26,6 +26,7 @@ from megavlm.data.read.index import write_index
 from megavlm.data.read.sample import Record, Segment
 from megavlm.errors import MegavlmError
 from megavlm.randomness import Purpose, stream
+from megavlm.routing.tasks import TaskName
 from megavlm.vocabulary import train_text_model
 
 COLORS = {
@@ -230,7 +231,7 @@ def question(shapes: Scene, rng: np.random.Generator) -> tuple[str, str, tuple[s
     return f"Is there a {name}?", yes_no[0] if any(shape.name == name for shape in shapes) else yes_no[1], yes_no, "existence"
 
 
-def record(seed: int, split: str, task: str, number: int) -> tuple[Record, Scene]:
+def record(seed: int, split: str, task: TaskName, number: int) -> tuple[Record, Scene]:
     """The sample of a number for a task."""
     # the two tasks have different scenes
     shapes = scene(seed, split, 2 * number + (task == "generation"))
@@ -266,8 +267,9 @@ def write(folder: Path, pixels: int, num_train: int, num_test: int, *, seed: int
     if next(folder.glob("*.tar"), None):
         raise MegavlmError(f"{folder} already holds shards\n  do:    give another folder, or remove it first")
     written, texts = {}, []
-    both = [(task, split) for split in ("train", "seen", "test") for task in ("understanding", "generation")]
-    for task, split in [*both, ("generation", "images")]:
+    both: tuple[TaskName, ...] = ("understanding", "generation")
+    parts: list[tuple[TaskName, str]] = [*((task, split) for split in ("train", "seen", "test") for task in both), ("generation", "images")]
+    for task, split in parts:
         total = num_test if split in ("seen", "test") else num_train
         stem = "images-train" if split == "images" else f"{task}-{split}"
         for shard, first in enumerate(range(0, total, samples_per_shard)):

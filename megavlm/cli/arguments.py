@@ -126,7 +126,7 @@ def _misfit(annotation: Any, text: str | None) -> str | None:
     if not kinds & {int, float} or (text == "None" and NoneType in kinds):
         return None
     try:
-        number = ast.literal_eval(text)  # as fire reads it: 1e3 is no whole number to it
+        number = ast.literal_eval(text or "")  # as fire reads it: 1e3 is no whole number to it
     except (ValueError, SyntaxError):
         return "a number"
     if type(number) not in (int, float):

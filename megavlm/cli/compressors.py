@@ -76,15 +76,13 @@ class CompressorCommands:
         codebook_VD = tokenizer.codebook()
         sizes = {"factor": factor, "num_global": num_global, "codebook_size": codebook_size}
         sizes |= {"hidden_width": hidden_width, "num_layers": num_layers, "num_heads": num_heads}
+        sizes |= {"num_dense_codes": tokenizer.codebook_size, "height": tokenizer.height, "width": tokenizer.width}
+        sizes |= {
+            "embedding_width": embedding_width if codebook_VD is None else codebook_VD.shape[1],
+            "has_codebook": codebook_VD is not None,
+        }
         try:
-            settings = PlugInSettings(
-                num_dense_codes=tokenizer.codebook_size,
-                height=tokenizer.height,
-                width=tokenizer.width,
-                embedding_width=embedding_width if codebook_VD is None else codebook_VD.shape[1],
-                has_codebook=codebook_VD is not None,
-                **sizes,
-            )
+            settings = PlugInSettings.model_validate(sizes)
         except ValidationError as error:
             lines = [f"  {'.'.join(map(str, m['loc']))} {m['msg']} (value {m['input']!r})" for m in error.errors()]
             raise ConfigError("the plug-in cannot be made:\n" + "\n".join(lines)) from error

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from megavlm.cli.arguments import NotNegative, Positive
 from megavlm.errors import ConfigError
@@ -175,4 +175,4 @@ def _image_tokenizer(name: str, height: int, width: int, fit: str):
         raise ConfigError(f"{name} does not say how many codes an image has\n  do:    give --height and --width")
     if fit not in get_args(Fit):
         raise ConfigError(f"--fit={fit}: there is no such fit\n  do:    use one of {', '.join(get_args(Fit))}")
-    return VQTokenizer(name, height or default, width or default, fit=fit)
+    return VQTokenizer(name, height or default, width or default, fit=cast(Fit, fit))

@@ -1,7 +1,7 @@
 """The words for what is wrong with a recipe: the path, the value, and the nearest name that exists. Tested by `tests/test_config.py`."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -32,7 +32,7 @@ def describe_all(error: ValidationError, tree: Any, root: type[Settings] = RunCo
     return [f"  {line}" for line in dict.fromkeys(lines)]
 
 
-def _describe(mistake: dict, tree: Any, root: type[Settings]) -> tuple[str, str]:
+def _describe(mistake: Mapping[str, Any], tree: Any, root: type[Settings]) -> tuple[str, str]:
     """Dotted path, and the line."""
     parts = []
     for i, part in enumerate(mistake["loc"]):

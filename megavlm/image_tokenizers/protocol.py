@@ -70,6 +70,10 @@ class ImageTokenizer(Protocol):
         """Codes ``[N, height, width]`` to uint8 RGB images ``[N, H, W, 3]``."""
         ...
 
+    def loss_of(self, image: np.ndarray) -> Loss | None:
+        """What an image ``[H, W, 3]`` loses when it is brought to the tokenizer's size; None if nothing."""
+        ...
+
     def codebook(self) -> torch.Tensor | None:
         """The embedding of every code, as the decoder gets it ``[codebook_size, D]``; None if codes have no embeddings."""
         ...

@@ -5,11 +5,11 @@ Letters: s stages.
 Tested by `tests/routing/test_route.py`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pydantic import SerializeAsAny
 
 from megavlm.errors import ConfigError
@@ -112,7 +112,7 @@ class RoutingPlan:
         """Whether each stage injects the rows of a task ``[num_stages]``."""
         return self._injects[:, task]
 
-    def merged_spans(self, span_lengths: Sequence[int], span_tasks: Sequence[int], strength: float) -> np.ndarray:
+    def merged_spans(self, span_lengths: ArrayLike, span_tasks: ArrayLike, strength: float) -> np.ndarray:
         """In which of N spans tokens stand for several ``[num_stages, N]``: where a merge leaves fewer than there were."""
         is_shorter_sN = self.kept_tokens(span_lengths, span_tasks, strength) < np.asarray(span_lengths, np.int64)
         return is_shorter_sN & self._merges[:, np.asarray(span_tasks, np.int64)]
@@ -121,7 +121,7 @@ class RoutingPlan:
         """Layers whose plan for a task is of this kind: they have modules of their own."""
         return [layer for (a, b), p in zip(self.bounds, self.plans) if p[task].how == how for layer in range(a, b)]
 
-    def kept_tokens(self, span_lengths: Sequence[int], span_tasks: Sequence[int], strength: float) -> np.ndarray:
+    def kept_tokens(self, span_lengths: ArrayLike, span_tasks: ArrayLike, strength: float) -> np.ndarray:
         """Active tokens ``[num_stages, N]`` of N spans at a strength of the schedule."""
         # injection is a matter of architecture: no schedule turns it off
         ratios = 1 - (1 - self._ratios) * np.where(self._injects, 1.0, strength)

@@ -75,10 +75,10 @@ class Cursor:
     def _read(self) -> Iterator[Raw]:
         source, empty_epochs = self.source, 0
         while not self.is_at_end:
-            epoch, place, first = self.state
+            epoch, begin, first = self.state
             num_found = 0
             parts = deal(len(source.urls), self.lane, self.num_lanes, self.seed, source_key=source.key, epoch=epoch)
-            for place in range(place, len(parts)):
+            for place in range(begin, len(parts)):
                 shard, offset, stride = parts[place]
                 for index, (key, members) in enumerate(read_shard(source.urls[shard], source.name, self.open_url)):
                     if index >= first and index % stride == offset:

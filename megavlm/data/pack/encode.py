@@ -109,10 +109,14 @@ class EncodedSample:
         return replace(self, tokens=self.tokens[:end], has_loss=self.has_loss[:end], tasks=self.tasks[:end], spans=spans)
 
 
+Ids = Sequence[int] | np.ndarray
+"""Ids of tokens."""
+
+
 class Run(NamedTuple):
     """The ids of one segment."""
 
-    ids: Sequence[int] | np.ndarray
+    ids: Ids
     has_loss: bool
     task: int
     grid: tuple[int, ...] | None = None
@@ -172,6 +176,7 @@ class Encoder:
             elif unconditional and not segment.loss:
                 runs.append(Run([self.vocabulary.unconditional], segment.loss, text_task))
             else:
+                assert segment.text is not None  # a segment has either text or image
                 runs.append(Run(self.vocabulary.encode_text(segment.text), segment.loss, text_task))
         return runs
 

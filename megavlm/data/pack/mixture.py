@@ -45,8 +45,8 @@ def estimate_mixture(sources: list[Source], encoder: Encoder, config: DataConfig
 
 def _estimate(number: int, source: Source, encoder: Encoder, config: DataConfig, *, open_url: Opener) -> SourceMixture:
     num_samples = config.mixture_samples
-    indexes = [read_index(url) for url in source.urls]
-    size = sum(index.samples for index in indexes) if all(indexes) else None
+    indexes = [index for url in source.urls if (index := read_index(url))]
+    size = sum(index.samples for index in indexes) if len(indexes) == len(source.urls) else None
     counted: dict[Layout, int] = {}
     # some of shards spread over the source; where they are too short for that, more of them
     spread = np.linspace(0, len(source.urls) - 1, NUM_SAMPLED_SHARDS).round().astype(int).tolist()
@@ -106,13 +106,13 @@ def token_shares(mixture: Mixture, config: DataConfig) -> np.ndarray:
     for name, source in config.sources.items():
         if source.repeat is None:
             weights.append(source.weight)
-        elif mixture[name].num_samples is None:
+        elif (num_samples := mixture[name].num_samples) is None:
             raise ConfigError(
                 f"data.sources.{name}.repeat: the number of its samples is not known\n"
                 "  do:    write indexes with `megavlm data index SHARDS`, or give weights"
             )
         else:
-            weights.append(source.repeat * mixture[name].num_samples)
+            weights.append(source.repeat * num_samples)
     weights = np.array(weights, np.float64) ** (1 / config.temperature)
     if config.weights == "samples" or any(by_size):
         weights *= [mixture[name].mean_tokens for name in config.sources]
@@ -121,7 +121,7 @@ def token_shares(mixture: Mixture, config: DataConfig) -> np.ndarray:
 
 def target_flops(mixture: Mixture, shares: np.ndarray, costing: Costing, config: DataConfig, *, step: int) -> np.ndarray:
     """The cost vector of every pack at this step: that of ``fill`` of the tokens of the average mixture that are within the bounds."""
-    cost_per_token = 0.0
+    cost_per_token = np.zeros(())
     for share, source in zip(shares, mixture.values(), strict=True):
         costs = sum(count * costing.flops(layout, step) for count, layout in source.layouts)
         cost_per_token = cost_per_token + share * costs / sum(count * layout.num_tokens for count, layout in source.layouts)

@@ -3,11 +3,10 @@
 Texts are cut as tokens, never encoded again, so what is cut is a beginning of the text and as long as it was meant to be.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from megavlm.data.pack.config import OverLong
-from megavlm.data.pack.encode import EncodedSample, Encoder, Run, num_tokens
+from megavlm.data.pack.encode import EncodedSample, Encoder, Ids, Run, num_tokens
 from megavlm.data.read.sample import Sample
 from megavlm.errors import DataError
 from megavlm.vocabulary import Vocabulary
@@ -65,7 +64,7 @@ def _truncated(runs: list[Run], vocabulary: Vocabulary, excess: int) -> list[Run
     return runs if excess <= 0 else None
 
 
-def _beginning(ids: Sequence[int], num: int, vocabulary: Vocabulary) -> Sequence[int]:
+def _beginning(ids: Ids, num: int, vocabulary: Vocabulary) -> Ids:
     """The first ``num`` ids of a text or, so that no character is cut, a few fewer; in any case as many as show something."""
     visible = (k for k in range(1, min(len(ids), 2 * BYTES_OF_A_CHARACTER) + 1) if vocabulary.decode_text(ids[:k]).strip(BLANK))
     least = next(visible, min(1, len(ids)))

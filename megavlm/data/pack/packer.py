@@ -47,7 +47,7 @@ def choose(costs_nc: np.ndarray, sizes_n: np.ndarray, target_c: np.ndarray, boun
     kinds_n = _kinds(np.column_stack([costs_nc, sizes_n]))
     sizes_bn, bounds_b = np.atleast_2d(sizes_n.T), np.atleast_1d(bounds)
     num_kinds = kinds_n.max() + 1
-    best = None
+    best: _Search | None = None
     for _ in range(MAX_ATTEMPTS):
         search = _Search(costs_nc, sizes_bn, kinds_n, target_c, bounds_b=bounds_b)
         search.fill(rng)
@@ -58,6 +58,7 @@ def choose(costs_nc: np.ndarray, sizes_n: np.ndarray, target_c: np.ndarray, boun
         best = search
         if best.distance < POOR or num_kinds <= best.chosen.sum():
             break
+    assert best is not None  # the first attempt always is
     return np.flatnonzero(best.chosen).tolist()
 
 
@@ -132,7 +133,7 @@ class _Search:
     def _exchange_for_one(self, out_ok: np.ndarray, into_p: np.ndarray) -> bool:
         """Make the best exchange of a row of ``out`` for one of ``into``, if one helps."""
         out_co, into_cp = self.costs_nc[out_ok].sum(1).T, self.costs_nc[into_p].T
-        distances_op, entry_op = 0.0, None
+        distances_op, entry_op = np.zeros(()), None
         for missing, out_o, into in zip(self.missing_c, out_co, into_cp):
             entry_op = np.subtract((out_o + missing)[:, None], into, out=entry_op)
             distances_op = distances_op + np.abs(entry_op, out=entry_op)
@@ -165,7 +166,7 @@ class _Search:
         near_o = np.searchsorted(costs_pc[:, -1], wanted_oc[:, -1])
         near_ow = np.clip(near_o[:, None] + np.arange(-WINDOW, WINDOW), 0, len(pairs_p2) - 1)
         distances_ow = np.abs(wanted_oc[:, None] - costs_pc[near_ow]).sum(2)
-        distances_ow[self.chosen[pairs_p2].any(1)[near_ow]] = np.inf
+        distances_ow[np.any(self.chosen[pairs_p2], 1)[near_ow]] = np.inf
         for sizes_n, sizes_p, room in zip(self.sizes_bn, sizes_bp, self.room_b):
             distances_ow[sizes_p[near_ow] - sizes_n[out_ok].sum(1)[:, None] > room] = np.inf
         o, w = np.unravel_index(distances_ow.argmin(), distances_ow.shape)

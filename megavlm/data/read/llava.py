@@ -49,17 +49,18 @@ def _by_name(key: str, names: Sequence[str], given: list[str]) -> list[str] | No
     by_name = {member.lower(): member for member in given} | {f"{key}.{member}".lower(): member for member in given}
     by_name |= {PurePosixPath(name).name: member for name, member in by_name.items()}
     found = [by_name.get(name.lower()) or by_name.get(PurePosixPath(name).name.lower()) for name in names]
+    known = [member for member in found if member is not None]
     # two names are two images
-    is_exact = None not in found and set(found) == set(given) and len(set(found)) == len(set(names))
-    return found if is_exact else None
+    is_exact = len(known) == len(names) and set(known) == set(given) and len(set(known)) == len(set(names))
+    return known if is_exact else None
 
 
 def _by_number(names: Sequence[str], given: list[str]) -> list[str] | None:
     """The members by their numbers, which count the JSON's list from 0 or 1; one image needs none."""
     if len(names) != len(given) or len(given) < 2:
         return given if len(names) == len(given) else None
-    stems = [NUMBERED.fullmatch(member.rpartition(".")[0]) for member in given]
-    if not all(stems) or len({stem[1] for stem in stems}) > 1:
+    stems = [stem for member in given if (stem := NUMBERED.fullmatch(member.rpartition(".")[0]))]
+    if len(stems) < len(given) or len({stem[1] for stem in stems}) > 1:
         return None
     numbers = [int(stem[2]) for stem in stems]
     ordered = sorted(zip(numbers, given))

@@ -59,7 +59,7 @@ def decode_pixels(member: str, content: bytes) -> np.ndarray:
 def _decoded(image: Image.Image) -> np.ndarray:
     # a JPEG of several pictures (MPO) is one photograph with previews or depths
     if getattr(image, "is_animated", False) and image.format in ("PNG", "WEBP"):
-        raise DataError(f"is an animation of {image.n_frames} frames", "replace it by the frame that is meant")
+        raise DataError(f"is an animation of {getattr(image, 'n_frames', 'several')} frames", "replace it by the frame that is meant")
     image.load()
     turned = UPRIGHT.get(_orientation(image))
     flat = _flat(image)
@@ -90,7 +90,7 @@ def _flat(image: Image.Image) -> Image.Image:
 def _from_deep(grey_HW: np.ndarray, transparent: int | None) -> Image.Image:
     if grey_HW.min() < 0 or grey_HW.max() > 0xFFFF:
         raise DataError("has grey levels of more than 16 bits", "write it with 8 or 16 bits")
-    high_HW = np.uint8(grey_HW >> 8)
+    high_HW = (grey_HW >> 8).astype(np.uint8)
     if transparent is not None:
         high_HW[grey_HW == transparent] = 255
     return Image.fromarray(high_HW).convert("RGB")

@@ -108,7 +108,7 @@ def parse_record(members: dict[str, bytes]) -> Record:
         return Record.model_validate_json(members["json"])
     except ValidationError as error:
         first = error.errors()[0]
-        if first["type"] == "json_invalid":
+        if first["type"] == "json_invalid" and "ctx" in first:
             raise DataError(f"broken JSON: {first['ctx']['error']}", "write the json member as UTF-8 JSON") from error
         mistakes = "; ".join(f"{'.'.join(map(str, m['loc']))}: {m['msg']}" for m in error.errors())
         raise DataError(f"JSON does not follow the sample schema: {mistakes}", "correct the json member") from error

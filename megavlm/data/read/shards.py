@@ -12,7 +12,7 @@ from megavlm.data.read.json_list import read_json_list
 from megavlm.data.read.patterns import expand_patterns
 from megavlm.data.read.place import reading_shard
 from megavlm.data.read.tar import read_members
-from megavlm.data.read.urls import Opener, is_local, local_path
+from megavlm.data.read.urls import WITHOUT_CACHE, Opener, is_local, local_path
 from megavlm.errors import ConfigError, DataError
 
 MAX_MEMBER_BYTES = 256 << 20
@@ -52,7 +52,7 @@ def check_exists(url: str, source: str = "") -> None:
         raise DataError("the shard does not exist", "write the data first, or correct the path", source, url)
 
 
-def read_shard(url: str, source: str = "", open_url: Callable[[str], BinaryIO] = Opener()) -> Iterator[tuple[str, Members]]:
+def read_shard(url: str, source: str = "", open_url: Callable[[str], BinaryIO] = WITHOUT_CACHE) -> Iterator[tuple[str, Members]]:
     """Yield ``(key, {extension: content})`` for every sample of a shard, in its order.
 
     Names are nothing but keys, nothing is written to disk or unpickled. A sample of which a member cannot be had comes with `PROBLEM`
@@ -92,7 +92,7 @@ def _path(url: str) -> str:
 
 
 def _read_tar(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
-    key, members = None, {}
+    key, members = "", {}  # no key is empty
     for member in read_members(stream, MAX_MEMBER_BYTES):
         if OF_MACOS.fullmatch(member.name):
             continue

@@ -20,10 +20,10 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlparse
 
-import webdataset
+from webdataset.gopen import gopen
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Opener:
             return io.BufferedReader(_HttpStream(url, self.retries), 1 << 18)
         if is_local(url):
             return open(local_path(url), "rb", buffering=1 << 18)
-        return webdataset.gopen(url)
+        return cast(BinaryIO, gopen(url))  # a pipe reads as a file does
 
     def _cached(self, url: str) -> BinaryIO:
         copy = self._copy(url)
@@ -88,8 +88,9 @@ class Opener:
             except BaseException:
                 os.unlink(file.name)
                 raise
-        stream = open(file.name, "rb")
-        os.replace(file.name, copy)
+        fetched = Path(file.name)
+        stream = fetched.open("rb")
+        os.replace(fetched, copy)
         self._evict(folder, copy)
         return stream
 
@@ -99,6 +100,7 @@ class Opener:
             self._copy(url).unlink(missing_ok=True)
 
     def _copy(self, url: str) -> Path:
+        assert self.cache_dir is not None  # only a cache has copies
         return Path(self.cache_dir) / (hashlib.sha256(url.encode()).hexdigest()[:32] + ".shard")
 
     def _evict(self, folder: Path, newest: Path) -> None:
@@ -120,6 +122,10 @@ class Opener:
                 # who has it open reads on
                 path.unlink(missing_ok=True)
                 excess -= size
+
+
+WITHOUT_CACHE = Opener()
+"""What opens shards for those who were given no opener."""
 
 
 class _Deadline:
@@ -147,14 +153,19 @@ class _Deadline:
         return response
 
 
+def _with_deadline(http_class: Any) -> Any:
+    """The class of connections with `_Deadline` mixed in."""
+    return type("_Connection", (_Deadline, http_class), {})
+
+
 class _HttpHandler(urllib.request.HTTPHandler):
     def do_open(self, http_class, req, **options):
-        return super().do_open(type("_Connection", (_Deadline, http_class), {}), req, **options)
+        return super().do_open(_with_deadline(http_class), req, **options)
 
 
 class _HttpsHandler(urllib.request.HTTPSHandler):
     def do_open(self, http_class, req, **options):
-        return super().do_open(type("_Connection", (_Deadline, http_class), {}), req, **options)
+        return super().do_open(_with_deadline(http_class), req, **options)
 
 
 _opener = urllib.request.build_opener(_HttpHandler, _HttpsHandler)
@@ -184,7 +195,7 @@ class _HttpStream(io.RawIOBase):
         self.length: int | None = None
         self._tag: str | None = None
         self._has_ranges = True
-        self._response = None
+        self._response: http.client.HTTPResponse | None = None
         self._failures = 0
         self._slow = 0
         """How often in a row the server hardly brought anything."""
@@ -200,10 +211,9 @@ class _HttpStream(io.RawIOBase):
         while True:
             begin = time.monotonic()
             try:
-                if self._response is None:
-                    self._connect()
+                response = self._connect() if self._response is None else self._response
                 # what is there, and not as much as fits: a slow server must not keep us here
-                content = self._response.read1(len(buffer))
+                content = response.read1(len(buffer))
                 if not content and self.length is not None and self.position < self.length:
                     raise ConnectionError(f"the connection ended at byte {self.position} of {self.length}")
                 buffer[: len(content)] = content
@@ -218,7 +228,7 @@ class _HttpStream(io.RawIOBase):
             except TRANSIENT as error:
                 self._pause(error)
 
-    def _connect(self) -> None:
+    def _connect(self) -> http.client.HTTPResponse:
         request = urllib.request.Request(self.url)
         begin = self.position if self._has_ranges else 0
         if begin:
@@ -237,6 +247,7 @@ class _HttpStream(io.RawIOBase):
             if not skipped:
                 raise ConnectionError("the connection ended on the way to where it had broken")
             skip -= skipped
+        return response
 
     def _place_of(self, response, begin: int) -> tuple[int, int | None]:
         """The byte that a response begins at, and the length of the whole, where it says so."""

@@ -133,7 +133,7 @@ def write_sheet(thumbnails: list[tuple[np.ndarray, str]], out: Path) -> bool:
 
 def _pixels(image: np.ndarray) -> np.ndarray:
     # codes without their tokenizer: shown as grey levels
-    return image if image.dtype == np.uint8 else np.uint8(255 * image / max(1, image.max()))
+    return image if image.dtype == np.uint8 else (255 * image / max(1, image.max())).astype(np.uint8)
 
 
 def _text(sample: Sample) -> str:
@@ -151,6 +151,7 @@ def _page(samples: list[Sample]) -> str:
                 picture = base64.b64encode(content.getvalue()).decode()
                 shown = f'<img src="data:image/png;base64,{picture}">'
             else:
+                assert segment.text is not None  # a segment has either text or image
                 shown = html.escape(segment.text)
             parts.append(f'<div class="{"loss" if segment.loss else "given"}">{shown}</div>')
         meta = html.escape(json.dumps(sample.meta, ensure_ascii=False)) if sample.meta else ""

@@ -13,7 +13,7 @@ from megavlm.data.read import formats
 from megavlm.data.read.place import reading_sample
 from megavlm.data.read.sample import Coordinates, Sample
 from megavlm.data.read.shards import is_lines, read_shard
-from megavlm.data.read.urls import Opener
+from megavlm.data.read.urls import WITHOUT_CACHE
 from megavlm.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def _of_kind(problems: list[DataError]) -> str:
     return first if len(problems) == 1 else f"{len(problems)} x " + first.replace("\n  where: ", "\n  first: ", 1)
 
 
-def read_samples(urls: list[str], source, report: Report, open_url=Opener()) -> Iterator[Sample]:
+def read_samples(urls: list[str], source, report: Report, open_url=WITHOUT_CACHE) -> Iterator[Sample]:
     """The good samples of some shards; everything else goes into ``report``.
 
     Args:

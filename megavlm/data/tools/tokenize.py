@@ -1,8 +1,8 @@
 """Pre-tokenised shards: every image member (``img0.png``) becomes one of codes (``img0.npy``); keys, order and all else stay.
 
-A shard is written under a temporary name and renamed when it is complete, so what is there under its own name is whole, and a run that was
-interrupted goes on with the shards that are missing. ``image_tokenizer.json`` beside them names the tokenizer; another one is refused, here and
-when a run trains on them. The bytes do not depend on the number of processes: each shard is one process's, on one thread.
+A shard is written under a temporary name and renamed when it is complete, so what is there under its own name is whole, and a run that
+was interrupted goes on with the shards that are missing. ``image_tokenizer.json`` beside them names the tokenizer; another one is
+refused, here and when a run trains on them. The bytes do not depend on the number of processes: each shard is one process's, on one thread.
 """
 
 import io
@@ -220,6 +220,7 @@ def _start_worker(tokenizer: ImageTokenizer, devices: multiprocessing.Queue) -> 
     _tokenizer.to(torch.device(devices.get()))
     # a worker whose parent was killed would finish its shard and then wait for ever
     parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 

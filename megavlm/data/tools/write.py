@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import webdataset
 from pydantic import ValidationError
+from webdataset.writer import TarWriter
 
 from megavlm.data.read.formats import find_format
 from megavlm.data.read.index import write_index
@@ -67,7 +67,7 @@ def build_shards(source: Path, out: Path, samples_per_shard: int, image_root: Pa
     while chunk := list(islice(samples, samples_per_shard)):
         path = out / f"{len(written):06d}.tar"
         temporary = out / f".writing-{path.name}"
-        with webdataset.TarWriter(str(temporary), encoder=False, mtime=0) as writer:
+        with TarWriter(str(temporary), encoder=False, mtime=0) as writer:
             for draft in chunk:
                 writer.write({"__key__": draft.key, **draft.members, **{name: file.read_bytes() for name, file in draft.files.items()}})
         temporary.rename(path)
