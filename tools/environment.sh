@@ -11,7 +11,7 @@ if [ ! -e "$STAMP" ]; then
     }
     [ -x "$VENV/bin/python" ] || { echo "making .venv" && "$PYTHON" -m venv "$VENV"; }
     echo "installing megavlm and what it needs into .venv (once; a gigabyte or more)"
-    "$VENV/bin/python" -m pip install --editable '.[test]'
+    "$VENV/bin/python" -m pip install --editable '.[test,check]'
     touch "$STAMP"
 fi
 export PATH=$VENV/bin:$PATH

@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
-exec python -m pytest "$@"
+# two files at a time; -n 0 runs one after the other and shows what tests print
+exec python -m pytest -n 2 --dist loadfile "$@"
