@@ -1,8 +1,8 @@
 """The training loop: fetch the step's packs, normalise, forward and backward per pack, step, report.
 
 The loss of a step is ``sum over tasks of weight * (sum of cross-entropy / number of labelled tokens)``, both sums over all packs of the
-step on all ranks, plus the auxiliary loss of learned gates per image token. The numbers are known from the packs before the first forward pass,
-so the gradient does not depend on how packs are split over ranks and micro-batches (P8).
+step on all ranks, plus the auxiliary loss of learned gates per image token. The numbers are known from the packs before the first forward
+pass, so the gradient does not depend on how packs are split over ranks and micro-batches (P8).
 
 Before every micro-batch the ranks agree whether to continue (`megavlm.engine.agreement`). A step that is given up half-way has changed
 nothing: the checkpoint written then is that of the step before. Tested by `tests/distributed/test_training.py`.
