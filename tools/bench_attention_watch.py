@@ -23,6 +23,7 @@ import torch
 from megavlm.benchmarks import digits
 from megavlm.config import load_config
 from megavlm.launch.train import make_trainer
+from megavlm.observers.instruments import Instruments
 from megavlm.system import world as distributed
 from megavlm.training.trainer import Trainer
 
@@ -47,6 +48,7 @@ def bench(width: int = 256, layers: int = 8, pack_tokens: int = 4096, grid: int 
     world.barrier()
     trainer = make_trainer(_config(folder, width, layers, pack_tokens, grid, packs * world.size), world)
     instruments = trainer.observers[0]
+    assert isinstance(instruments, Instruments)
     seconds = {"plain": [], "watched": []}
     for pair in range(pairs + 3):
         for kind in ("plain", "watched") if pair % 2 else ("watched", "plain"):
@@ -86,7 +88,9 @@ def _step(trainer: Trainer, world) -> float:
     """Seconds of a step and its report."""
     world.barrier()
     begin = time.perf_counter()
-    float(trainer.train_step(trainer.step))
+    norm = trainer.train_step(trainer.step)
+    assert norm is not None  # nobody stops this run
+    float(norm)
     trainer.step += 1
     trainer.observers[0].after_step(trainer.step)
     world.barrier()

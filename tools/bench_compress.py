@@ -207,7 +207,7 @@ def _plot(result: dict, images_NHWC: np.ndarray, restored: dict, prompts: list[s
     from matplotlib import pyplot
 
     figure = pyplot.figure(figsize=(14, 13), layout="constrained")
-    bars, pictures, requests = figure.subfigures(3, 1, height_ratios=[4.2, 1 + len(restored), 0.9 + len(drawn)])
+    bars, pictures, requests = figure.subfigures(3, 1, squeeze=False, height_ratios=[4.2, 1 + len(restored), 0.9 + len(drawn)]).flat
     for axis, (title, values) in zip(bars.subplots(2, 4).flat, _panels(result).items()):
         axis.bar_label(axis.bar(list(values), list(values.values()), color=["0.6", "tab:blue", "tab:orange"]), fmt="%.3g", fontsize=8)
         axis.set_title(title, fontsize=9)

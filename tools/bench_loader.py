@@ -20,13 +20,15 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
-import webdataset
 from torch.nn.utils.rnn import pad_sequence
+from webdataset.compat import FluidInterface, WebDataset
+from webdataset.writer import TarWriter
 
 from megavlm.benchmarks import digits
 from megavlm.config import load_config
@@ -42,12 +44,13 @@ def write(folder: Path) -> None:
     digits.write(folder)
     for task in ("understanding", "generation"):
         for shard in range(NUM_SHARDS // 2):
-            with webdataset.TarWriter(str(folder / f"bench-{task}-{shard}.tar"), encoder=False, mtime=0) as writer:
+            with TarWriter(str(folder / f"bench-{task}-{shard}.tar"), encoder=False, mtime=0) as writer:
                 for i in range(SAMPLES_PER_SHARD):
                     content = io.BytesIO()
                     np.save(content, rng.integers(CODEBOOK, size=(HEIGHT, WIDTH)).astype(np.int16))
                     # 28 text tokens: 992 + 28 + 4 = 1,024
-                    image, text = {"image": "img0"}, {"text": "zero " * 28}
+                    image: dict[str, Any] = {"image": "img0"}
+                    text: dict[str, Any] = {"text": "zero " * 28}
                     (image if task == "generation" else text)["loss"] = True
                     segments = [image, text] if task == "understanding" else [text, image]
                     record = {"task": task, "segments": segments}
@@ -103,9 +106,9 @@ def time_webdataset(pipeline, num_samples: int) -> float:
     return found / (time.process_time() - begin)
 
 
-def decoded(folder: Path) -> webdataset.WebDataset:
+def decoded(folder: Path) -> FluidInterface:
     urls = sorted(str(path) for path in folder.glob("bench-*.tar"))
-    return webdataset.WebDataset(urls, shardshuffle=False, repeat=True).shuffle(1000).decode()
+    return WebDataset(urls, shardshuffle=False, repeat=True).shuffle(1000).decode()
 
 
 def tokenizer_of(vocabulary):
@@ -126,7 +129,7 @@ def tokenizer_of(vocabulary):
 
 def collate(samples: list) -> list[torch.Tensor]:
     """Padded batches, pinned if there is a GPU."""
-    batch = [pad_sequence(column, batch_first=True) for column in zip(*samples)]
+    batch = [pad_sequence(list(column), batch_first=True) for column in zip(*samples)]
     return [tensor.pin_memory() for tensor in batch] if torch.cuda.is_available() else batch
 
 

@@ -15,11 +15,12 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import fire
 import numpy as np
-import webdataset
 from rich.progress import track
+from webdataset.writer import TarWriter
 
 from megavlm.benchmarks import digits
 from megavlm.config import load_config
@@ -35,10 +36,11 @@ def write(folder: Path, num_shards: int, samples_per_shard: int) -> None:
     np.save(content, np.zeros((8, 8), np.int16))
     for shard in track(range(num_shards), description="writing shards"):
         task = ("understanding", "generation")[shard % 2]
-        image, text = {"image": "img0"}, {"text": "a handwritten seven"}
+        image: dict[str, Any] = {"image": "img0"}
+        text: dict[str, Any] = {"text": "a handwritten seven"}
         (image if task == "generation" else text)["loss"] = True
         record = {"task": task, "segments": [image, text] if task == "understanding" else [text, image]}
-        with webdataset.TarWriter(str(folder / f"corpus-{task}-{shard // 2:04d}.tar"), encoder=False, mtime=0) as writer:
+        with TarWriter(str(folder / f"corpus-{task}-{shard // 2:04d}.tar"), encoder=False, mtime=0) as writer:
             for i in range(samples_per_shard):
                 writer.write({"__key__": f"{shard:04d}-{i:05d}", "json": json.dumps(record).encode(), "img0.npy": content.getvalue()})
 
@@ -72,7 +74,8 @@ def bench(late: int = 10_000, num_shards: int = 400, samples_per_shard: int = 50
             for name, steps in when.items():
                 if step in steps:
                     states[name].append(state)
-        seconds, read_again = {name: [] for name in states}, dict.fromkeys(states, 0)
+        seconds = {name: [] for name in states}
+        read_again: dict[str, float] = dict.fromkeys(states, 0)
         for repeat in track(range(repeats + 1), description="resuming"):
             for early_and_late in zip(*states.values()):
                 for name, state in zip(states, early_and_late):

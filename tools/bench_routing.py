@@ -19,8 +19,10 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fire
 import numpy as np
@@ -46,16 +48,16 @@ GATHERED = "everything kept, gathered anyway"
 def policies(num_layers: int) -> dict[str, tuple[p.Policy, p.Policy]]:
     """(understanding, generation) under the name that the table shows."""
     third = max(1, num_layers // 3)
-    block = {"first_layer": 1, "end_layer": -1}
+    tread = partial(p.Tread, first_layer=1, end_layer=-1)
     ltd, dense = p.RandomLTD(keep_ratio=0.5), p.Dense()
     return {
-        GATHERED: (p.Tread(keep_ratio=1.0, **block), p.Tread(keep_ratio=1.0, **block)),
+        GATHERED: (tread(keep_ratio=1.0), tread(keep_ratio=1.0)),
         "late_drop": (p.LateDrop(after_layer=third), dense),
         "pyramid": (p.Pyramid(), dense),
         "pyramid, question_attention": (p.Pyramid(selector="question_attention"), dense),
         "late_entry": (p.LateEntry(at_layer=third), dense),
         "random_ltd": (ltd, ltd),
-        "tread": (p.Tread(**block), p.Tread(**block)),
+        "tread": (tread(), tread()),
         "shared_bypass": (p.SharedBypass(keep_ratio=0.25), p.SharedBypass(keep_ratio=0.5)),
         "shared_bypass, redundancy": (p.SharedBypass(keep_ratio=0.25, selector="redundancy"), p.SharedBypass()),
         "mixture_of_depths": (p.MixtureOfDepths(), p.MixtureOfDepths()),
@@ -283,7 +285,7 @@ def bench(
             pack.route.stages[1].active_K = torch.arange(pack.num_tokens)
         routed, dense = pack.to(device), pack.with_dense_route().to(device)
         share = pack.flops.sum() / pack.dense_flops.sum()
-        ways = {"dense": partial(_sum, backbone, dense), "way": partial(_sum, backbone, routed)}
+        ways: dict[str, Callable[[], torch.Tensor]] = {"dense": partial(_sum, backbone, dense), "way": partial(_sum, backbone, routed)}
         if name.startswith("masked"):
             ways["way"] = partial(masked_forward, backbone, routed)
         elif name.startswith("DeepSpeed"):
@@ -313,7 +315,7 @@ def _sum(backbone: Backbone, pack: Pack) -> torch.Tensor:
     return backbone(pack).sum()
 
 
-def _row(share: float, measured: dict) -> dict[str, float]:
+def _row(share: float, measured: dict) -> dict[str, Any]:
     dense, way = measured["dense"], measured["way"]
     total = {name: parts["forward"] + parts["backward"] for name, parts in measured.items()}
     time_share = total["way"] / total["dense"]

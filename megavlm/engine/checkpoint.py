@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import distributed, nn
+from torch.distributed.checkpoint import api, filesystem, state_dict_loader, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 
 from megavlm.engine.protocol import Engine
@@ -231,8 +231,8 @@ class Checkpointer:
         tensors = self._staging.empty_like(engine)
         _check_modules(path, tensors)
         try:
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "tensors"), process_group=self._main_group)
-        except (ValueError, RuntimeError, KeyError, dcp.CheckpointException) as error:
+            state_dict_loader.load(tensors, storage_reader=filesystem.FileSystemReader(path / "tensors"), process_group=self._main_group)
+        except (ValueError, RuntimeError, KeyError, api.CheckpointException) as error:
             raise DoesNotFit(path, _in_short(error)) from error
         install(tensors, engine)
         self._seconds = [manifest.read_manifest(path)["seconds"]]
@@ -258,9 +258,10 @@ class Checkpointer:
         manifest.remove_leftovers(self.folder)
 
     def _set_aside(self, damaged: list[Path]) -> None:
-        for path in damaged if self._owner else []:
-            with harmless(f"the new name of the damaged checkpoint {path}"):
-                path.rename(path.with_name(f"damaged-{path.name}-{self._owner.token}"))
+        if owner := self._owner:
+            for path in damaged:
+                with harmless(f"the new name of the damaged checkpoint {path}"):
+                    path.rename(path.with_name(f"damaged-{path.name}-{owner.token}"))
 
     def _problems(self, path: Path) -> list[str]:
         parts = self._together(lambda: verify(path, self.world.rank, self.world.size))
@@ -274,7 +275,7 @@ class Checkpointer:
         except Superseded:
             raise
         # whatever it was, the run goes on; what torch raises for failures of ranks is no Exception
-        except (Exception, dcp.CheckpointException) as error:
+        except (Exception, api.CheckpointException) as error:
             return Saved(step, None, f"{_in_short(error)} ({_room(self.folder)})", stall_s, time.perf_counter() - begin, 0)
         return Saved(step, path, "", stall_s, time.perf_counter() - begin, num_bytes)
 
@@ -285,15 +286,14 @@ class Checkpointer:
         temporary = self.folder / f".writing-{final.name}-{token}"
         try:
             self._together(lambda: temporary.mkdir(parents=True) if self._owner else None)
-            writer = dcp.FileSystemWriter(temporary / "tensors", sync_files=True)
-            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+            writer = filesystem.FileSystemWriter(temporary / "tensors", sync_files=True)
+            state_dict_saver.save(tensors, storage_writer=writer, process_group=self._group)
             of_ranks = self._gather(of_rank, self._group)
             state["lanes"] = {str(lane): lane_state for lanes, _ in of_ranks for lane, lane_state in lanes.items()}
             state["ranks"] = [other for _, other in of_ranks]
             text = json.dumps(state)
             self._together(lambda: write_synced(temporary / "state.json", text) if self._owner else None)
-            parts = self._together(lambda: self._describe(temporary))
-            files = {name: entry for part in parts for name, entry in part.items()}
+            files = {name: entry for part in self._together(lambda: self._describe(temporary)) for name, entry in part.items()}
             self._together(lambda: self._complete(temporary, final, step, files, metrics=metrics, begin=begin) if self._owner else None)
             return final, sum(entry["bytes"] for entry in files.values())
         except BaseException:
@@ -313,6 +313,7 @@ class Checkpointer:
         write_synced(temporary / "manifest.json", json.dumps(content, indent=1))
         sync_folder(temporary / "tensors")
         sync_folder(temporary)
+        assert self._owner is not None
         self._owner.check()
         if final.exists():  # of an earlier life of this run, which went on from an older checkpoint
             manifest.remove(final)
@@ -363,8 +364,8 @@ def load_weights(path: Path, module: nn.Module) -> None:
     flat = {f"value/{name}": torch.empty(p.numel(), dtype=torch.float32) for name, p in parameters.items()}
     _check_modules(path, flat)
     try:
-        dcp.load(flat, storage_reader=dcp.FileSystemReader(path / "tensors"), no_dist=True)
-    except (ValueError, RuntimeError, KeyError, dcp.CheckpointException) as error:
+        state_dict_loader.load(flat, storage_reader=filesystem.FileSystemReader(path / "tensors"), no_dist=True)
+    except (ValueError, RuntimeError, KeyError, api.CheckpointException) as error:
         raise DoesNotFit(path, _in_short(error)) from error
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -377,7 +378,7 @@ def _check_modules(path: Path, tensors: Iterable[str]) -> None:
     Raises:
         DoesNotFit: Naming those that it lacks, and what needs them.
     """
-    known = dcp.FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
+    known = filesystem.FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
     lacking = sorted({name.removeprefix("value/") for name in tensors if name.startswith("value/") and name not in known})
     for kind, words in MODULES_OF.items():
         if names := [name for name in lacking if name.startswith(f"{kind}.")]:
@@ -394,7 +395,6 @@ def _room(folder: Path) -> str:
 
 def _in_short(error: BaseException) -> str:
     """The innermost cause: torch wraps what happened on the ranks into tracebacks."""
-    failures = getattr(error, "failures", None)
-    if failures:
+    if failures := getattr(error, "failures", None):
         error = next(iter(failures.values()))[0]
     return f"{type(error).__name__}: {error}"

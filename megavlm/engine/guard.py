@@ -63,7 +63,8 @@ class Guard:
         self._count = torch.zeros((), dtype=torch.long, device=device)
         self._pending: deque[tuple[int, torch.Tensor, torch.cuda.Event | None, Any]] = deque()
         self._found_inf: torch.Tensor | None = None
-        self._loss = self._norm_of = None
+        self._loss: torch.Tensor | None = None
+        self._norm_of: Callable[[], torch.Tensor] | None = None
         self.num_skipped = self.num_skipped_in_a_row = 0
 
     def begin_anew(self) -> None:
@@ -84,7 +85,7 @@ class Guard:
     @property
     def found_inf(self) -> torch.Tensor | None:
         """1.0 if the announced step must not be taken, 0.0 if it may; on the device. The optimizer's kernel reads it."""
-        if self._found_inf is None and self._norm_of is not None:
+        if self._found_inf is None and self._loss is not None and self._norm_of is not None:
             pair_2 = torch.stack([self._loss, torch.as_tensor(self._norm_of(), device=self._loss.device)]).float()
             self._found_inf = self._judge(pair_2)
             self._verdict = torch.cat([self._found_inf[None], pair_2])

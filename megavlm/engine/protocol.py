@@ -7,6 +7,16 @@ import torch
 from torch import nn
 
 
+class ZeroParameter(Protocol):
+    """A parameter as ZeRO-3 has extended it."""
+
+    requires_grad: bool
+    ds_numel: int
+    """Elements of the whole."""
+    ds_tensor: torch.Tensor
+    """This rank's part, flat, with the padding of the last one."""
+
+
 class ZeroOptimizer(Protocol):
     """DeepSpeed's optimizer at stage 3: partitions of parameters, in flat tensors, around a plain optimizer."""
 

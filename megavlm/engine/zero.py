@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO-3 engine around the backbone, and what we mend in it. Tested by `tests/distributed/test_training.py`."""
 
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 from pydantic import Field
@@ -72,7 +72,7 @@ def start_engine(
     # DeepSpeed reads the norm back to the host in every step, to skip it there; our guard skips on the device
     stage3.is_invalid_grad_norm = lambda _norm: False
     started, *_ = deepspeed.initialize(model=backbone, optimizer=adamw, config=document)
-    return started
+    return cast(Engine, started)
 
 
 def gradient_norm(engine: Engine) -> torch.Tensor:

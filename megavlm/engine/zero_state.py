@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from megavlm.engine.protocol import Engine
+from megavlm.engine.protocol import Engine, ZeroParameter
 from megavlm.errors import MegavlmError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -65,7 +65,7 @@ class Staging:
             for key, partition in _partitions(name, parameter).items()
         }
 
-    def _sharded(self, local: torch.Tensor, parameter: nn.Parameter) -> DTensor:
+    def _sharded(self, local: torch.Tensor, parameter: ZeroParameter) -> DTensor:
         shape = torch.Size([parameter.ds_numel])
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,))
 
@@ -133,19 +133,19 @@ def _group_name(zero, sub_group: int) -> str:
     return zero.optimizer.param_groups[zero.sub_group_to_group_id[sub_group]]["name"]
 
 
-def _partitions(name: str, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+def _partitions(name: str, parameter: ZeroParameter) -> dict[str, torch.Tensor]:
     if not parameter.requires_grad:
         return {f"value/{name}": parameter.ds_tensor}
     moments = {f"{moment}/{name}": safe_get_local_optimizer_state(parameter, moment) for moment in MOMENTS}
     return {f"value/{name}": safe_get_local_fp32_param(parameter)} | moments
 
 
-def _local_size(rank: int, parameter: nn.Parameter) -> int:
+def _local_size(rank: int, parameter: ZeroParameter) -> int:
     partition = parameter.ds_tensor.numel()
     return max(0, min(partition, parameter.ds_numel - rank * partition))
 
 
-def _padded(tensor: DTensor, parameter: nn.Parameter) -> torch.Tensor:
+def _padded(tensor: DTensor, parameter: ZeroParameter) -> torch.Tensor:
     local = tensor.to_local()
     padded = nn.functional.pad(local, (0, parameter.ds_tensor.numel() - local.numel()))
     return padded.to(parameter.ds_tensor.device)

@@ -11,6 +11,8 @@ embeddings may lie nearest to a third.
 Tested by `tests/image_tokenizers/test_compressor.py`.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -118,7 +120,7 @@ class Decompressor(nn.Module):
     def _memory(self, tokens_NPD: torch.Tensor) -> list[KeysValues]:
         """Keys and values of the tokens, for each layer."""
         memory_NPW = self.memory_norm(self.memory_into(tokens_NPD) + self.memory_place_PW)
-        return [layer.of_memory(memory_NPW) for layer in self.layers]
+        return [cast(Layer, layer).of_memory(memory_NPW) for layer in self.layers]
 
     def _run(
         self, x_NlD: torch.Tensor, memory: list[KeysValues], first: int, cache: list[KeysValues] | None

@@ -22,7 +22,7 @@ def fitted(image: np.ndarray, size: tuple[int, int], fit: Fit, resampling: Image
         height, width = (max(1, round(given * scale)) for given in image.shape[:2])
         padded = np.zeros((*size, 3), np.uint8)
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        padded[top : top + height, left : left + width] = picture.resize((width, height), resampling)
+        padded[top : top + height, left : left + width] = np.asarray(picture.resize((width, height), resampling))
         return padded
     return np.asarray(picture.resize(wide_first, resampling))
 

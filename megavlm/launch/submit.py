@@ -27,7 +27,7 @@ class SbatchTemplate(string.Template):
     """Shell text keeps its dollars."""
 
     delimiter = "@"
-    pattern = r"@(?:(?P<escaped>@)|\{(?P<braced>[a-z_]+)\}|(?P<named>(?!))|(?P<invalid>(?!)))"
+    pattern = r"@(?:(?P<escaped>@)|\{(?P<braced>[a-z_]+)\}|(?P<named>(?!))|(?P<invalid>(?!)))"  # pyright: ignore[reportAssignmentType] (`string.Template` takes a text and compiles it)
 
 
 def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None = None, *, dry_run: bool = False) -> str:

@@ -6,7 +6,7 @@ a CPU beats padding and block masks. Both are tested against one dense masked re
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
@@ -92,7 +92,8 @@ def _fused(q_THd, k_THd, v_THd, sequences: Sequences, *, scale: float) -> torch.
     from torch.nn.attention.varlen import varlen_attn  # CPU builds of torch may lack it
 
     cu, longest = sequences.cu_seqlens, sequences.max_seqlen
-    return varlen_attn(q_THd, k_THd, v_THd, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
+    out = varlen_attn(q_THd, k_THd, v_THd, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
+    return cast(torch.Tensor, out)  # more than one only if asked for
 
 
 def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, *, scale: float) -> torch.Tensor:

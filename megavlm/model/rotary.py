@@ -4,22 +4,22 @@ Tested by `tests/model/test_families.py`.
 """
 
 import sys
+from typing import Any
 
 import torch
-from torch import nn
 
 from megavlm.model.families import rotates
 
 
 def without_rotary(  # noqa: PLR0917 (the backbone binds the first four, selectors give queries and keys by place)
-    model: nn.Module, layer: int, cos_Kd: torch.Tensor, sin_Kd: torch.Tensor, q_KHd: torch.Tensor, k_KHd: torch.Tensor
+    model: Any, layer: int, cos_Kd: torch.Tensor, sin_Kd: torch.Tensor, q_KHd: torch.Tensor, k_KHd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys back by the angles of their places.
 
     The family's own function does it, with the angles negated: it knows which channels are pairs, and which are not turned at all.
 
     Args:
-        model: The decoder.
+        model: The decoder, of any family.
         layer: Where the queries and keys come from.
         cos_Kd: Cosines that they were turned by, scaled as the family scales them.
         sin_Kd: Sines, likewise.

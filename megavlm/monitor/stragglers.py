@@ -89,7 +89,7 @@ class Stragglers:
         for _ in range(5):
             self._synchronize()
             begin = time.perf_counter()
-            self._matrix @ self._matrix
+            torch.matmul(self._matrix, self._matrix)
             self._synchronize()
             best = min(best, time.perf_counter() - begin)
         return best
@@ -129,5 +129,5 @@ def judge(ranks: list[RankTimes], seconds: float) -> tuple[list[str], list[str]]
 
 
 def _relative(values: list[float], middle) -> np.ndarray:
-    values = np.asarray(values, np.float64)
-    return values / max(float(middle(values)), 1e-30)
+    of_ranks = np.asarray(values, np.float64)
+    return of_ranks / max(float(middle(of_ranks)), 1e-30)

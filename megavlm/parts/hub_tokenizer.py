@@ -10,7 +10,7 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue] (protobuf makes it when imported)
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 
@@ -60,7 +60,7 @@ def _text_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
         tokenizer = Tokenizer.from_str(vocabulary.text.to_json())
         # ids are handed out in turn: there must be no gap among those of the text
         return tokenizer if tokenizer.get_vocab_size() == max(tokenizer.get_vocab().values()) + 1 else None
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = ModelProto()
     proto.ParseFromString(vocabulary.text_model.read_bytes())
     has_symbols = any(piece.type == USER_DEFINED for piece in proto.pieces)
     if proto.trainer_spec.model_type != UNIGRAM or not proto.trainer_spec.byte_fallback or has_symbols:
@@ -72,7 +72,7 @@ def _text_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:
     return tokenizer if is_same else None
 
 
-def from_sentencepiece(proto: sentencepiece_model_pb2.ModelProto) -> Tokenizer:
+def from_sentencepiece(proto: ModelProto) -> Tokenizer:
     """The equal of a unigram model that falls back to bytes."""
     spec = proto.normalizer_spec
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]

@@ -83,8 +83,9 @@ def _first_node(nodes: str) -> str:
         shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         return shown.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError):  # a container without SLURM's clients
-        prefix, first = re.match(r"([^\[]+)\[(\d+)", nodes).groups()
-        return prefix + first
+        found = re.match(r"([^\[]+)\[(\d+)", nodes)
+        assert found is not None, nodes  # a bracket follows a name and begins with a number
+        return found[1] + found[2]
 
 
 def start(timeout_s: int) -> World:

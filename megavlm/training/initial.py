@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from megavlm.engine.checkpoint import DoesNotFit, load_weights
 from megavlm.errors import ConfigError
@@ -21,7 +22,7 @@ NEW_ROW_NOISE = 0.1
 """Standard deviation of a new row about the mean of the old ones, as a share of theirs."""
 
 
-def load_initial_weights(source: str, causal_lm: nn.Module, vocabulary: Vocabulary) -> None:
+def load_initial_weights(source: str, causal_lm: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Copy weights into a model, and nothing else.
 
     The embedding and head of a pretrained model grow by the special tokens and image codes, if the text tokenizer is its own.
@@ -78,9 +79,11 @@ def grown(rows_VD: torch.Tensor, num_rows: int) -> torch.Tensor:
     return torch.cat([old_VD, old_VD.mean(0) + NEW_ROW_NOISE * old_VD.std(0) * noise])
 
 
-def _vocabulary_matrices(causal_lm: nn.Module) -> set[str]:
+def _vocabulary_matrices(causal_lm: PreTrainedModel) -> set[str]:
     """Names of the embedding and the output head; a tied head may be in a file under its own name as well."""
-    matrices = {id(causal_lm.get_input_embeddings().weight), id(causal_lm.get_output_embeddings().weight)}
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    assert head is not None  # a causal model has one
+    matrices = {id(embedding.weight), id(head.weight)}
     return {name for name, tensor in causal_lm.named_parameters(remove_duplicate=False) if id(tensor) in matrices}
 
 

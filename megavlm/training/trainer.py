@@ -39,7 +39,7 @@ from megavlm.monitor.stragglers import Stragglers
 from megavlm.parts.parts import Parts
 from megavlm.parts.resolve import keep
 from megavlm.randomness import Purpose, integer_seed
-from megavlm.routing.tasks import TASKS
+from megavlm.routing.tasks import TASKS, TaskName
 from megavlm.runs.exits import Exit, LastWord, NotSaved, RunEnded
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import checkpoints_in, folder_name
@@ -72,12 +72,7 @@ class Trainer:
         self.folder = RunFolder(config.run_dir)
         self.lanes = lanes_of(world.rank, world.size, config.data.num_lanes)
         self.watchdog = Watchdog(
-            self.folder.hangs,
-            world.rank,
-            world.size,
-            faults=config.faults,
-            engine=config.engine,
-            last_word=LastWord(self.folder.path),
+            self.folder.hangs, world.rank, world.size, faults=config.faults, engine=config.engine, last_word=LastWord(self.folder.path)
         )
         self.checkpointer = Checkpointer(self.folder.checkpoints, world, config.checkpoint)
         self.guard = Guard(config.faults, world.device)
@@ -347,7 +342,7 @@ class Trainer:
         counts = self.world.sum(np.array([sum(state["counts"][name] for state in self.states.values()) for name in COUNTS]))
         values |= {f"data/{name}": float(count) for name, count in zip(COUNTS, counts)}
         self._reported = values
-        learnt = [task for task in TASKS if f"loss/{task}" in values]
+        learnt: list[TaskName] = [task for task in TASKS if f"loss/{task}" in values]
         if learnt and not any(self.parts.config.loss.task_weights.get(task, 1.0) for task in learnt):
             raise ConfigError(
                 f"loss.task_weights: the data holds {' and '.join(learnt)} only, with weight 0: nothing was learnt in {step + 1} steps\n"

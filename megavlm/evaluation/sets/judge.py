@@ -33,7 +33,7 @@ NUM_SHOWN = 40
 class Score(Protocol):
     """Turns answers or drawings into figures."""
 
-    def add(self, items: list[Item], outputs, /) -> list[dict[str, Any]]:
+    def add(self, items: list[Item], outputs: Any, /) -> list[dict[str, Any]]:
         """Take a batch of answers (texts) or drawings (uint8 ``[N, H, W, 3]``); a verdict on each, as JSON."""
         ...
 
