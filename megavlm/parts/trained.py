@@ -1,6 +1,5 @@
 """From a run folder to its configuration and its trained model. Tested by `tests/evaluation/sets/test_judge.py`."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,9 @@ import torch
 
 from megavlm.config import RunConfig, load_config
 from megavlm.engine.checkpoint import load_weights
-from megavlm.errors import MegavlmError
 from megavlm.evaluation.trained import TrainedModel
 from megavlm.parts.parts import Parts
-from megavlm.runs.checkpoints import locate
+from megavlm.runs.checkpoints import check_run, locate
 from megavlm.runs.folder import RunFolder
 
 
@@ -22,8 +20,7 @@ def load_run_config(folder: RunFolder, overrides: dict[str, Any] | None = None) 
         folder: Folder of the run.
         overrides: Settings to change, as on the command line.
     """
-    if not os.path.lexists(folder.config_file):
-        raise MegavlmError(f"{folder.path} is not a run folder: it has no config.yaml\n  do:    train a recipe first")
+    check_run(folder)
     return load_config(str(folder.config_file), {"vocabulary.text_model": str(folder.text_model)} | (overrides or {}))
 
 

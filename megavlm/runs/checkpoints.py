@@ -4,6 +4,7 @@ Tested by `tests/cli/test_runs.py`.
 """
 
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def locate(path: str | Path) -> tuple[RunFolder, Path]:
     folder, named = run_of(path)
     if named:
         return folder, named
+    check_run(folder)
     complete = complete_checkpoints(folder.checkpoints)
     if not complete:
         raise none_there(folder.path)
@@ -46,6 +48,15 @@ def locate(path: str | Path) -> tuple[RunFolder, Path]:
         if step_of(newer) > step_of(complete[-1]):
             log.warning("%s has lost its manifest.json and is not taken, but %s", newer, complete[-1].name)
     return folder, complete[-1]
+
+
+def check_run(folder: RunFolder) -> None:
+    """
+    Raises:
+        MegavlmError: If no run has begun in the folder.
+    """
+    if not os.path.lexists(folder.config_file):
+        raise MegavlmError(f"{folder.path} is not a run folder: it has no config.yaml\n  do:    train a recipe first")
 
 
 def find(path: Path) -> list[Path]:

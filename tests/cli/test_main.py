@@ -114,7 +114,7 @@ def test_simulate_compares_the_packers(monkeypatch, digits_folder, tmp_path, cap
 def test_a_text_model_from_a_text_file(monkeypatch, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a red square\n\na blue circle left of a red square\n" * 30)
     megavlm(monkeypatch, "data", "tokenizer", tmp_path / "a.txt", tmp_path / "t.model", "--vocab_size=300")
-    assert "trained on 1 files" in capsys.readouterr().out
+    assert "trained on 60 texts of 1 files" in capsys.readouterr().out
     from megavlm.vocabulary import Vocabulary
 
     vocabulary = Vocabulary(tmp_path / "t.model", 8)
