@@ -142,7 +142,7 @@ def _layer_sums(rows: StageRows, q_KHd, k_KHd, scale: float, *, context: Context
         q_QGhd = q_KHd.index_select(0, sequence.queries_Q).float().unflatten(1, (num_groups, -1))
         scores_GhQL = torch.einsum("qghd,lgd->ghql", q_QGhd, k_KHd[here].float()) * scale
         if bias_U is not None:
-            scores_GhQL = scores_GhQL + bias_U[here]
+            scores_GhQL = scores_GhQL + bias_U[here].float()
         is_later_QL = torch.arange(sequence.end - sequence.first, device=q_KHd.device) > sequence.places_Q[:, None]
         scores_GhQL = scores_GhQL.masked_fill(is_later_QL, -torch.inf)
         stats_GQX = statistics(scores_GhQL, rows.kinds_U[here]).mean(1)

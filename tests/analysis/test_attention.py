@@ -7,17 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface
 
 from megavlm.analysis.attention import STATISTICS, AttentionWatch, statistics
 from megavlm.analysis.rows import IMAGE, QUERIES, SINK, SPECIAL, TEXT, token_kinds
 from megavlm.data.pack.pack import build_pack
 from megavlm.model.attention import NAME
 from megavlm.routing.tasks import TASKS
-from tests.model import reference
-from tests.model.reference import Reference
+from tests.model.reference import Reference, recorded_chance
 from tests.model.test_backbone import MIXED, NoReadBack, make_backbone
-from tests.routing.layouts import POLICIES, SHAPE, VOCABULARY, costing, make_samples, plan
+from tests.routing.layouts import POLICIES, SHAPE, VOCABULARY, costing, make_samples
 
 VOCAB = SimpleNamespace(num_text=70, first_code=80)
 EVERYTHING = {"num_rows": 10_000, "num_sequences": 10_000}
@@ -96,24 +94,17 @@ def test_sampled_rows_equal_eager_attention_of_transformers(model_type):
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("dense", "shared_bypass_stride", "one_kept")])
-def test_rows_are_those_of_the_stage_when_a_route_is_active(policy, monkeypatch):
+def test_rows_are_those_of_the_stage_when_a_route_is_active(policy):
     """Against masks: choices on the device, merged tokens, injected keys and gates included."""
     samples, backbone = with_kinds(make_samples(MIXED)), make_backbone(policy)
-    pack = build_pack(samples, costing(policy), 1, 0, step=0, seed=0)
+    with recorded_chance() as drawn:
+        pack = build_pack(samples, costing(policy), 1, 0, step=0, seed=0)
     watch = watched(backbone, pack, **EVERYTHING)
-    weights = []
-
-    def attention(module, query, key, value, attention_mask, *, scaling, guests, **rest):
-        groups = query.shape[1] // key.shape[1]
-        k = key if guests is None else key.index_copy(2, guests[0], guests[1].transpose(0, 1)[None])
-        scores = query @ k.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling + attention_mask
-        weights.append(scores.softmax(-1)[0].detach())
-        return reference._attention(module, query, key, value, attention_mask, scaling=scaling, guests=guests, **rest)
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, "reference", attention)
-    masked = Reference(backbone, pack, samples, plan(policy))
+    masked = Reference(backbone, samples, POLICIES[policy], route=pack.route, drawn=drawn)
     masked.losses()
-    assert_equals_naive(watch, naive(weights, samples, np.array(torch.stack(masked.active))))
+    of_layers = zip(*masked.attention)
+    weights = [torch.stack([torch.block_diag(*(w[head] for w in seen)) for head in range(len(seen[0]))]) for seen in of_layers]
+    assert_equals_naive(watch, naive(weights, samples, np.array([np.concatenate(active) for active in zip(*masked.active)])))
 
 
 @pytest.mark.parametrize("policy", ["dense", "pyramid_question"])

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import time
 import traceback
@@ -73,6 +74,11 @@ def _rank(queue, rank: int, world_size: int, port: int, call: bytes) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port below those that the system gives to connections: two test processes that look at the same time hardly meet."""
+    while True:
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port := random.SystemRandom().randrange(10_000, 30_000)))
+                return port
+            except OSError:
+                continue

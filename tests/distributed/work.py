@@ -143,10 +143,10 @@ def train_while_writing(world, config) -> dict:
     may_write, done = threading.Event(), []
     write_files = trainer.checkpointer._write_files
 
-    def slow(*args):
+    def slow(*args, **named):
         may_write.wait()
         done.append(trainer.step)
-        return write_files(*args)
+        return write_files(*args, **named)
 
     trainer.checkpointer._write_files = slow
     trainer.train_step(0)

@@ -35,6 +35,8 @@ def train_to_the_end(config: RunConfig) -> str:
     launch.make_trainer = lambda *args: trainers.append(make_trainer(*args)) or trainers[-1]
     launch._end_at_once = _raise
     distributed.stop = lambda: None
+    for name in set(os.environ) - set(distributed.without_place(os.environ)):
+        del os.environ[name]  # each run of a fork finds a port of its own
     recipe = Path(config.run_dir).with_suffix(".yaml")
     save_config(config, recipe)
     launch.train(str(recipe), {})

@@ -142,7 +142,7 @@ class Reference:
 
     def streams(self) -> list[torch.Tensor]:
         """The residual stream of every document after the last layer ``[n, D]``."""
-        self.gate_loss, self.active = 0.0, [[] for _ in self.samples]
+        self.gate_loss, self.active, self.attention = 0.0, [[] for _ in self.samples], [[] for _ in self.samples]
         return [self._document(d) for d in range(len(self.samples))]
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ class Reference:
 
     def _document(self, d: int) -> torch.Tensor:
         sample, config = self.samples[d], self.config
-        n = len(sample.tokens)
+        n, self._seen = len(sample.tokens), self.attention[d]
         heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         embedding = h = self.weights["causal_lm.model.embed_tokens.weight"][torch.from_numpy(sample.tokens)]
@@ -244,7 +244,9 @@ class Reference:
                 allowed[place, other] = other in active or other in guests or other == place
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         logits = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(width) + log_sizes
-        mixed = torch.einsum("hqk,khd->qhd", logits.masked_fill(~allowed, -torch.inf).softmax(-1), v)
+        weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+        self._seen.append(weights.detach())
+        mixed = torch.einsum("hqk,khd->qhd", weights, v)
         h = h + self._linear(name + "self_attn.o_proj", mixed.flatten(1))
         x = self._norm(name + "post_attention_layernorm", h)
         inner = functional.silu(self._linear(name + "mlp.gate_proj", x)) * self._linear(name + "mlp.up_proj", x)

@@ -20,7 +20,7 @@ def main():
     from megavlm.data.pack.loader import Loader
 
     global loader  # alive until the interpreter ends, as after an error whose traceback holds it
-    loader = Loader(pickle.load(open(sys.argv[1], "rb")), [0, 1, 2, 3], {}, 2, 2, False)
+    loader = Loader(pickle.load(open(sys.argv[1], "rb")), [0, 1, 2, 3], {}, 2, prefetch_packs=2, pin_memory=False)
     next(loader)
     workers = multiprocessing.active_children()
     for name in ("TERM", "USR1", "INT"):
