@@ -18,13 +18,14 @@ import faulthandler
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megavlm.engine.guard import FaultConfig
 from megavlm.engine.zero import EngineConfig
@@ -90,8 +91,7 @@ class Watchdog:
             )
         self._durations_s: deque[float] = deque(maxlen=32)
         self._stopped = threading.Event()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._stuck = (folder / f"stuck-rank-{rank}.txt").open("a")
+        self._stuck = _open_stuck(folder / f"stuck-rank-{rank}.txt")
         self._expect_an_end()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -123,10 +123,13 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        if self._stuck is sys.stderr:
+            return
         self._stuck.close()
-        path = Path(self._stuck.name)
-        if not path.stat().st_size:
-            path.unlink()
+        with harmless(self._stuck.name):
+            path = Path(self._stuck.name)
+            if not path.stat().st_size:
+                path.unlink()
 
     def _expect_an_end(self) -> None:
         """Have a thread in C, which needs no interpreter, write the stacks and end the process if the watchdog's own stands still too."""
@@ -166,6 +169,14 @@ class Watchdog:
             with suppress(OSError):  # a full disk
                 handler.flush()
         self.end(Exit.HUNG)
+
+
+def _open_stuck(path: Path) -> TextIO:
+    """Where stacks of a rank that is stuck go: standard error, if the file cannot be written."""
+    with harmless(f"{path}, the stacks of a rank that is stuck, which go to standard error instead"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a")
+    return sys.stderr
 
 
 def describe_hang(step: int, budget_s: float, entries: dict[int, dict], world_size: int, *, here: Path) -> str:

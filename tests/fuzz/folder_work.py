@@ -35,8 +35,6 @@ def train_to_the_end(config: RunConfig) -> str:
     launch.make_trainer = lambda *args: trainers.append(make_trainer(*args)) or trainers[-1]
     launch._end_at_once = _raise
     distributed.stop = lambda: None
-    for name in set(os.environ) - set(distributed.without_place(os.environ)):
-        del os.environ[name]  # each run of a fork finds a port of its own
     recipe = Path(config.run_dir).with_suffix(".yaml")
     save_config(config, recipe)
     launch.train(str(recipe), {})
@@ -57,6 +55,8 @@ def try_folder(whole: Path, config: RunConfig, expected: str, damages: list[tupl
         MegavlmError: If the run is refused.
         AssertionError: If what comes out differs from the run that nobody damaged, or the exit status from what happened.
     """
+    for name in set(os.environ) - set(distributed.without_place(os.environ)):
+        del os.environ[name]  # each run of a fork finds a port of its own
     run = Path(config.run_dir)
     shutil.copytree(whole, run, symlinks=True)
     for kind, name in damages:
