@@ -6,7 +6,7 @@ Tested by `tests/data/pack/test_lane.py`.
 import zlib
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from megavlm.data.pack.config import WhenSourcesChange
 from megavlm.data.read.formats import find_format
@@ -15,7 +15,19 @@ from megavlm.data.read.shards import expand_shards
 from megavlm.data.read.source import SourceConfig
 from megavlm.errors import ConfigError
 
-State = dict[str, Any]
+SourceState = TypedDict("SourceState", {"mark": int, "cursor": list[int], "pass": int, "finished": bool})
+"""Where a lane is in one source: the mark of its list of shards, [epoch, place, index] of the next sample, and its turn in the mixture."""
+
+
+class State(TypedDict):
+    """The state of a lane: plain integers that belong to the pack just yielded; see `megavlm.data.pack.lane`."""
+
+    pack: int
+    counts: dict[str, int]
+    sources: dict[str, SourceState]
+    waiting: list[list[int]]
+    pieces: NotRequired[list[list[int]]]
+    """Not there in runs that an earlier version began."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,6 @@ def adapt_state(state: State, sources: list[Source], policy: WhenSourcesChange) 
     return {**state, "sources": adapted, "waiting": waiting, "pieces": pieces}, account
 
 
-def fresh(source: Source, level: int) -> dict[str, Any]:
+def fresh(source: Source, level: int) -> SourceState:
     """The state of a source at its beginning; see `megavlm.data.pack.lane`."""
     return {"mark": source.mark, "cursor": [0, 0, 0], "pass": level, "finished": False}
