@@ -11,6 +11,9 @@ layer's kernel gets; never the full matrix. The forward pass itself does not cha
 The statistics are kept per layer, key/value head (mean over the query heads that share it), task and kind of query: the share of attention
 on text, image, special and sink tokens; its entropy in nats; and the effective number of image tokens, which is exp of the entropy of the
 attention restricted to image tokens, over the rows that can see one.
+
+Letters: L layers (or keys of a row), G key/value heads, h query heads of one, Q rows looked at, U active tokens and guests in order,
+C cells (task, kind of query), X statistics, R guests.
 """
 
 from collections.abc import Iterator

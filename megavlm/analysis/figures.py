@@ -1,4 +1,4 @@
-"""The figures of `megavlm analyze`. Tested by `tests/analysis/test_report.py`."""
+"""The figures of `megavlm analyze`. Tested by `tests/analysis/test_report.py`. Letters: L layers, G key/value heads, X statistics."""
 
 from collections.abc import Sequence
 from pathlib import Path

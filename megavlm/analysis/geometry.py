@@ -1,6 +1,6 @@
 """The geometry of the tasks over a run: alignment of their gradients and similarity of their states, at every checkpoint that exists.
 
-Tested by `tests/analysis/test_report.py`.
+Letters: G sums that the backbone gives. Tested by `tests/analysis/test_report.py`.
 """
 
 import logging

@@ -11,6 +11,8 @@ The interference is the length of the smaller gradient's projection on the direc
 each other. PCGrad (Yu et al., NeurIPS 2020) removes exactly this part; here it is only measured.
 
 All of it follows from dot products, which under ZeRO-3 are sums over the ranks' partitions: no gradient is ever gathered.
+
+Letters: B blocks of parameters, T and t tasks, P partitions of parameters, G sums that the backbone gives.
 """
 
 import re

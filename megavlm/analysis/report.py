@@ -1,4 +1,7 @@
-"""The results of `megavlm analyze`: RUN/analysis/*.json and *.png, images in TensorBoard, and a short summary."""
+"""The results of `megavlm analyze`: RUN/analysis/*.json and *.png, images in TensorBoard, and a short summary.
+
+Letters: L layers, G key/value heads, X statistics.
+"""
 
 import json
 import math

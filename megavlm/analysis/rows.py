@@ -3,6 +3,7 @@
 The host knows all of it before the device sees the pack. Content decides *which* tokens of a span are active, but not how many, and rows
 stay in order. So the kind of every active row follows from lengths alone (P4).
 
+Letters: U active tokens and guests in order, Q rows looked at, R guests, C cells (task, kind of query).
 Tested by `tests/analysis/test_attention.py`.
 """
 

@@ -5,6 +5,8 @@ Pairing: an image of a generation sample, with its prompt before it, is the draw
 a sequence, ``<bos> <boi> codes``: attention is causal, so whatever question follows changes nothing there. States are compared at the
 same code positions. The mean over images at each position is taken out first: both tasks know where in the image a token stands, and
 that alone would look like similarity. Every token is active in every layer.
+
+Letters: N images, P places of an image, D width.
 """
 
 from collections.abc import Sequence

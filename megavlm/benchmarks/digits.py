@@ -3,7 +3,7 @@
 8x8 pixels of 17 grey levels. Every fifth image, by index, is held out. Each image gives one sample per task; its phrasing is drawn
 once from a fixed seed.
 
-Tested by `tests/evaluation/test_digits.py`.
+Letters: N images, H and W pixels, C colours, P pixels in a row. Tested by `tests/evaluation/test_digits.py`.
 """
 
 import io

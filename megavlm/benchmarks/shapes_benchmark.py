@@ -1,6 +1,8 @@
 """``shapes`` as a benchmark: questions, requests, and drawings judged exactly. Figures are per split, so held-out compositions stand apart.
 
 The tokenizer limits what drawings can reach. So the same judgement of held-out images, encoded and decoded, is reported as the ceiling.
+
+Letters: N images, H and W pixels, C colours, X pixels in a row.
 """
 
 from collections.abc import Callable

@@ -8,6 +8,8 @@ An image's codes are one row: the indices of its global tokens, a separator, the
 like them. `barred` makes the sampler draw it at its place and nowhere else.
 
 A plug-in is a folder: ``plug_in.json`` (sizes), ``plug_in.safetensors``; `megavlm data compressor` writes it.
+
+Letters: N images, h and w rows and columns of dense codes, P tokens of a compressed image, R places with features, F numbers of a feature.
 """
 
 import hashlib

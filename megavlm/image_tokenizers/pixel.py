@@ -1,4 +1,7 @@
-"""Images as grey levels of single pixels. Tested by `tests/evaluation/test_digits.py`."""
+"""Images as grey levels of single pixels. Tested by `tests/evaluation/test_digits.py`.
+
+Letters: N images, H and W pixels, C colours, h and w rows and columns of codes.
+"""
 
 import hashlib
 from collections.abc import Collection

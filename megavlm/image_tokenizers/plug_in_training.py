@@ -3,6 +3,7 @@
 At first nothing is quantised. Then the codebook is placed on features of the last batches. From then on, entries that nothing chose for a
 while restart on features of the current batch (random restarts: Jukebox, arXiv 2005.00341), until the last part of the training.
 
+Letters: N images, h and w rows and columns of dense codes, K entries of the plug-in's codebook, V dense codes, D width.
 Tested by `tests/image_tokenizers/test_compressed.py`.
 """
 

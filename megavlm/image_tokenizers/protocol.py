@@ -1,5 +1,6 @@
 """The protocol of image tokenizers: ``encode(images) -> codes``, ``decode(codes) -> images``, and what the engine needs beside that.
 
+Letters: N images, h and w rows and columns of codes, R places with features, F numbers of a feature.
 Tested by `tests/image_tokenizers/test_compressed.py`.
 """
 

@@ -2,6 +2,8 @@
 
 On CUDA in half precision it is torch's fused variable-length kernel; elsewhere scaled dot-product attention per sequence, which on
 a CPU beats padding and block masks. Both are tested against one dense masked reference.
+
+Letters: R guests, U active tokens and guests in order, M rows of sequences with merged tokens, O rows of the others, x columns of a bias.
 """
 
 from collections.abc import Callable

@@ -7,6 +7,8 @@ the rows of the next::
     x_KD = h_TD[next_active]
 
 Every pack calls the same modules in the same order, whatever it holds (P7).
+
+Letters: R rows that are injected or have features, F numbers of a feature, U active tokens and guests in order, G sums that are given.
 """
 
 import math

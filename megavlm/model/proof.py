@@ -1,6 +1,6 @@
 """A small copy of an architecture, run packed through the backbone and padded through `transformers`: both must say the same.
 
-Tested by `tests/model/test_families.py`.
+Letters: B documents, L their tokens. Tested by `tests/model/test_families.py`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A run's TensorBoard: rank 0 writes, and whatever goes wrong there is a remark."""
+"""A run's TensorBoard: rank 0 writes, and whatever goes wrong there is a remark. Letters: N images, H and W pixels, C colours."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -2,6 +2,8 @@
 
 Neither changes what is trained, bit for bit. Attention is watched inside the ordinary forward pass of a step's first pack on each rank, and
 costs no pass of its own; gradients take a forward and a backward pass of the step's packs per task.
+
+Letters: G sums that the backbone gives, or key/value heads; L layers, X statistics.
 """
 
 import math

@@ -3,7 +3,7 @@
 ``RUN/forensics/step-00000012.json`` holds why the step was skipped, and for each of its packs the samples and the
 lane's state before it, from which the same lane makes the same pack again.
 
-Tested by `tests/distributed/test_faults.py`.
+Letters: G sums that the backbone gives, t tasks. Tested by `tests/distributed/test_faults.py`.
 """
 
 import hashlib

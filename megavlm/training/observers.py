@@ -3,7 +3,7 @@
 An observer is handed to the `Trainer` and called by all ranks together. It must not change what is trained. It calls the same
 collectives on every rank; what one rank does alone, such as writing, it does in `megavlm.system.harmless`.
 
-Tested by `tests/observers/test_instruments.py`.
+Letters: G sums that the backbone gives, t tasks. Tested by `tests/observers/test_instruments.py`.
 """
 
 import logging

@@ -6,6 +6,8 @@ pass, so the gradient does not depend on how packs are split over ranks and micr
 
 Before every micro-batch the ranks agree whether to continue (`megavlm.engine.agreement`). A step that is given up half-way has changed
 nothing: the checkpoint written then is that of the step before. Tested by `tests/distributed/test_training.py`.
+
+Letters: G sums that the backbone gives.
 """
 
 import gc

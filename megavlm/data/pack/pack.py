@@ -1,4 +1,7 @@
-"""The pack: one micro-batch of whole samples laid end to end, no padding, with its route. Tested by `tests/model/test_backbone.py`."""
+"""The pack: one micro-batch of whole samples laid end to end, no padding, with its route. Tested by `tests/model/test_backbone.py`.
+
+Letters: R rows with features, F numbers of a feature.
+"""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache

@@ -6,7 +6,7 @@ EXIF orientation       is applied: the image stands as it is meant to be seen
 animations             are refused: their first frame is not what they show
 CMYK                   Pillow's conversion, without colour profiles
 
-Tested by `tests/data/read/test_found.py`.
+Letters: H and W pixels, C colours. Tested by `tests/data/read/test_found.py`.
 """
 
 import io

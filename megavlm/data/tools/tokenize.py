@@ -3,6 +3,8 @@
 A shard is written under a temporary name and renamed when it is complete, so what is there under its own name is whole, and a run that
 was interrupted goes on with the shards that are missing. ``image_tokenizer.json`` beside them names the tokenizer; another one is
 refused, here and when a run trains on them. The bytes do not depend on the number of processes: each shard is one process's, on one thread.
+
+Letters: h and w rows and columns of codes.
 """
 
 import io

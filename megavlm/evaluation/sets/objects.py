@@ -7,7 +7,7 @@
 The position of an object is relative to the object with that number, an earlier one. The detector is a function. It takes an image, uint8
 RGB ``[H, W, 3]``, and returns a list of ``{"class", "box": [x0, y0, x1, y1], "score", "color"}``; the colour is optional.
 
-Tested by `tests/evaluation/sets/test_drawing_scores.py`.
+Letters: N images, H and W pixels, C colours. Tested by `tests/evaluation/sets/test_drawing_scores.py`.
 """
 
 import math
