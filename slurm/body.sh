@@ -26,6 +26,8 @@ STARTED=$RUN/slurm/environment-$SLURM_JOB_ID-$restarts.txt
     command -v nvidia-smi >/dev/null && nvidia-smi -L
 } >"$STARTED" 2>&1
 
+# a job that was submitted from within another world would inherit its place
+unset RANK WORLD_SIZE LOCAL_RANK
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # below the ephemeral ports; another one after each restart, because processes of the old start may still hold theirs
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + restarts) % 12000))
