@@ -196,7 +196,8 @@ class MixtureOfDepths(Policy):
 
     Ours is causal and keeps an exact number: a token goes through if its gate is open and the span's quota is not used up, or if all
     that are left are needed to fill it. An auxiliary loss teaches the gates to open for the top-k, as in the paper. Works on spans
-    that the model draws, in training and when sampling.
+    that the model draws, in training and when sampling. With ``keep_ratio`` 1 the gates still scale what a layer adds, so this is not dense
+    training.
     """
 
     policy: Literal["mixture_of_depths"] = "mixture_of_depths"
@@ -216,7 +217,7 @@ class KVInjection(Policy):
     For understanding (HiMix, arXiv 2501.10318): image tokens never travel; each layer gives their keys and values through a norm and
     projections of its own from their embeddings, without rotary embedding. For generation its mirror (HMGen as we understand
     it): the prompt's tokens never travel but give keys and values likewise. The same modality then meets different weights in the two
-    tasks, which is what the study blames.
+    tasks, which is what the study blames. It is never dense training: no schedule turns the projections off.
     """
 
     policy: Literal["kv_injection"] = "kv_injection"
