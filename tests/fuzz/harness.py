@@ -189,7 +189,7 @@ def _watch(batch: list[tuple[str, Sequence[Any]]], call: Callable[..., str], lim
     """Fork a child for some cases, and end it where one exceeds the limits: the outcomes of those that were tried."""
     results, output = limits.scratch / "results", limits.scratch / "output"
     results.write_bytes(b"")
-    own, largest, failure = _memory(os.getpid()), 0, ""
+    own, largest, failure = _memory(os.getpid(), "RssAnon"), 0, ""
     outcomes: list[Outcome] = []
     child = os.fork()
     if child == 0:
@@ -198,9 +198,10 @@ def _watch(batch: list[tuple[str, Sequence[Any]]], call: Callable[..., str], lim
     while status is None and not failure:
         done, status_now = os.waitpid(child, os.WNOHANG)
         status = status_now if done else None
-        largest = max(largest, _memory(child) - own)
+        # not the whole resident size: a fork begins without the pages of files that its parent has
+        largest = max(largest, _memory(child, "RssAnon") - own)
         for kind, detail, peak in _read_results(results)[len(outcomes) :]:
-            growth = max(0, largest, peak - own)
+            growth = max(largest, peak)
             kind = "memory" if growth > limits.growth_bytes else kind
             outcomes.append(Outcome(batch[len(outcomes)][0], kind, detail, time.monotonic() - begin, growth))
             begin, largest = time.monotonic(), 0
@@ -235,12 +236,13 @@ def _run_in_child(batch: list, call: Callable[..., str], seconds: float, results
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    begin = _memory(os.getpid(), "VmRSS")
     for _, arguments in batch:
         # a hang says where
         faulthandler.dump_traceback_later(max(0.5, seconds - 1), file=2)
         result = judge(call, arguments)
         # the peak is one case's only where the process is
-        peak = _memory(os.getpid(), "VmHWM") if len(batch) == 1 else 0
+        peak = _memory(os.getpid(), "VmHWM") - begin if len(batch) == 1 else 0
         with results.open("ab") as file:
             file.write(pickle.dumps((*result, peak)))
         if result[0] in FAILURES:
@@ -248,8 +250,8 @@ def _run_in_child(batch: list, call: Callable[..., str], seconds: float, results
     os._exit(0)
 
 
-def _memory(process: int, what: str = "VmRSS") -> int:
-    """Bytes of memory that a process has, or had at most (VmHWM); 0 of one that is gone."""
+def _memory(process: int, what: str) -> int:
+    """Bytes of memory that a process has (VmRSS), has beside files (RssAnon), or had at most (VmHWM); 0 of one that is gone."""
     try:
         for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith(what + ":"):
