@@ -10,6 +10,7 @@ import torch
 from megavlm.benchmarks import digits
 from megavlm.config import load_config
 from megavlm.parts.parts import Parts
+from megavlm.system.world import PLACE, without_place
 
 torch.set_num_threads(1)
 
@@ -75,3 +76,14 @@ def make_packs(make_config):
         return [next(lane)[0] for _ in range(num)], Parts(config).make_backbone(causal_lm).double()
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _no_place_left_behind():
+    """A test that joins a world in this process would give its address to every process that a later test starts."""
+    before = without_place(os.environ)
+    yield
+    left = {name: value for name, value in os.environ.items() if name not in before and name in PLACE}
+    for name in left:
+        del os.environ[name]
+    assert not left, f"this test joined a world in the tests' own process: {left}"

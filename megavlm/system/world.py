@@ -51,7 +51,7 @@ def find_place(environment) -> dict[str, str]:
     As torchrun and the deepspeed launcher set them; under srun from SLURM's variables; alone: a world of one.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return {name: environment[name] for name in _NAMES if name in environment}
+        return {name: environment[name] for name in PLACE if name in environment}
     # a batch shell has SLURM_PROCID too; only a step that srun started has a SLURM_STEP_NUM_TASKS
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
         nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
@@ -67,12 +67,12 @@ def find_place(environment) -> dict[str, str]:
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
-_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def without_place(environment) -> dict[str, str]:
     """The environment for a process that is to be alone, or to start its own world, whatever world this one is in."""
-    return {name: value for name, value in environment.items() if name not in (*_NAMES, "SLURM_STEP_NUM_TASKS")}
+    return {name: value for name, value in environment.items() if name not in (*PLACE, "SLURM_STEP_NUM_TASKS")}
 
 
 def _first_node(nodes: str) -> str:
