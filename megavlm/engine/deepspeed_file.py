@@ -25,12 +25,15 @@ KNOWN = (
     "wall_clock_breakdown",
     "steps_per_print",
     "communication_data_type",
+    "data_types",
     "comms_logger",
     "flops_profiler",
     "memory_breakdown",
     "dump_state",
 )
 """What else DeepSpeed may be told; it passes over all other keys without a word."""
+SUMS = ("fp32", "bf16")
+"""Precisions in which gradients may be summed."""
 OFFLOAD = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param")
 
 
@@ -61,9 +64,20 @@ def _mistakes(document: Any) -> list[str]:
     mistakes = [f"{key}: is said by the recipe's {said}; leave it out" for key, said in OF_THE_RECIPE.items() if key in document]
     mistakes += [f"{key[:80]}: DeepSpeed would pass over it; leave it out" for key in document if key not in (*KNOWN, *OF_THE_RECIPE)]
     mistakes += [f"zero_optimization.{key}: offloading is not supported; leave it out" for key in OFFLOAD if zero.get(key)]
+    mistakes += _mistakes_of_sums(document)
     if zero.get("stage") != 3 or isinstance(zero["stage"], bool):
         return [*mistakes, f"zero_optimization.stage: is {str(zero.get('stage'))[:80]}; megavlm trains with stage 3"]
     return [*mistakes, *_refused_by_deepspeed(document)]
+
+
+def _mistakes_of_sums(document: dict[str, Any]) -> list[str]:
+    """What is wrong with the precision of sums of gradients; DeepSpeed would pass over some of it, and fail late over the rest."""
+    types = document.get("data_types", {})
+    if not isinstance(types, dict) or set(types) - {"grad_accum_dtype"}:
+        return ["data_types: may hold grad_accum_dtype alone"]
+    named = {"data_types.grad_accum_dtype": types.get("grad_accum_dtype", "fp32")}
+    named["communication_data_type"] = document.get("communication_data_type", "fp32")
+    return [f"{key}: is {str(given)[:80]}; give one of {', '.join(SUMS)}" for key, given in named.items() if given not in SUMS]
 
 
 def _refused_by_deepspeed(document: dict[str, Any]) -> list[str]:

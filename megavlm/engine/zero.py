@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO-3 engine around the backbone, and what we mend in it. Tested by `tests/distributed/test_training.py`."""
 
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -27,6 +27,11 @@ class EngineConfig(Settings):
     """Steps between collections of Python's garbage, on all ranks at the same step and at no other time."""
     stop_margin_s: Annotated[Number, Field(ge=0, le=1e6)] = 20.0
     """A run saves and ends before the job's time limit. This margin is added to the time that earlier saves and steps took."""
+
+
+SUMS_OF_BFLOAT16: dict[str, Any] = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+"""How gradients in bfloat16 are summed over ranks and over the packs of a step, unless the DeepSpeed file says otherwise: sums in bfloat16
+would lose what is small beside them."""
 
 
 def start_engine(
@@ -60,7 +65,7 @@ def start_engine(
         {"name": "no_decay", "params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
     adamw = GuardedAdamW(groups, guard, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps)
-    document = read_deepspeed_file(engine.deepspeed) | {
+    document = (SUMS_OF_BFLOAT16 if bfloat16 else {}) | read_deepspeed_file(engine.deepspeed) | {
         # of the guard: DeepSpeed has not tested it
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": 1,

@@ -30,6 +30,10 @@ def test_what_ships_is_taken(name):
         ({"zero_optimization": ZERO3 | {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer: offloading is not supported"),
         ({"zero_optimization": ZERO3, "train_batch_size": 8}, "train_batch_size: is said by the recipe's data.num_lanes"),
         ({"zero_optimization": ZERO3, "fp16": {"enabled": True}}, "fp16: is said by the recipe's model.dtype"),
+        ({"zero_optimization": ZERO3, "communication_data_type": "fp8"}, "communication_data_type: is fp8; give one of fp32, bf16"),
+        ({"zero_optimization": ZERO3, "data_types": {"grad_accum_dtype": 32}}, "data_types.grad_accum_dtype: is 32"),
+        ({"zero_optimization": ZERO3, "data_types": {"param_dtype": "fp32"}}, "data_types: may hold grad_accum_dtype alone"),
+        ({"zero_optimization": ZERO3, "data_types": "fp32"}, "data_types: may hold grad_accum_dtype alone"),
         ({"zero_optimization": ZERO3, "no_such_key": 1}, "no_such_key: DeepSpeed would pass over it"),
     ],
 )
