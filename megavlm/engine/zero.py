@@ -65,15 +65,19 @@ def start_engine(
         {"name": "no_decay", "params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
     adamw = GuardedAdamW(groups, guard, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps)
-    document = (SUMS_OF_BFLOAT16 if bfloat16 else {}) | read_deepspeed_file(engine.deepspeed) | {
-        # of the guard: DeepSpeed has not tested it
-        "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": packs_per_rank,
-        # written always: the default has changed between versions of DeepSpeed
-        "gradient_clipping": optimizer.gradient_clipping,
-        "bf16": {"enabled": bfloat16},
-    }
+    document = (
+        (SUMS_OF_BFLOAT16 if bfloat16 else {})
+        | read_deepspeed_file(engine.deepspeed)
+        | {
+            # of the guard: DeepSpeed has not tested it
+            "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": packs_per_rank,
+            # written always: the default has changed between versions of DeepSpeed
+            "gradient_clipping": optimizer.gradient_clipping,
+            "bf16": {"enabled": bfloat16},
+        }
+    )
     # DeepSpeed reads the norm back to the host in every step, to skip it there; our guard skips on the device
     stage3.is_invalid_grad_norm = lambda _norm: False
     started, *_ = deepspeed.initialize(model=backbone, optimizer=adamw, config=document)
