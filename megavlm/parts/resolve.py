@@ -42,9 +42,15 @@ def resolve(config: RunConfig, folder: RunFolder, world: World) -> Parts:
     Raises:
         ConfigError: If the folder holds a run that cannot go on with this configuration.
     """
-    parts = _resolve_alone(Parts(config, world.device), folder, world.size) if world.is_main else None
-    resolved = world.gather(parts.config if parts else None)[0]
-    return parts or Parts(resolved, world.device)
+    # rank 0 keeps what it has made on the way
+    made: list[Parts] = []
+
+    def resolve_alone() -> RunConfig:
+        made.append(_resolve_alone(Parts(config, world.device), folder, world.size))
+        return made[0].config
+
+    resolved = world.on_main(resolve_alone)
+    return made[0] if made else Parts(resolved, world.device)
 
 
 def keep(config: RunConfig, folder: RunFolder) -> None:

@@ -4,12 +4,18 @@ import os
 import re
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import distributed
+
+from megavlm.errors import ConfigError, MegavlmError
+
+Value = TypeVar("Value")
 
 if not torch.cuda.is_available():
     # before anything imports DeepSpeed: it would complain on standard output, where results go
@@ -43,6 +49,26 @@ class World:
         values = [None] * self.size
         distributed.all_gather_object(values, value)
         return values
+
+    def on_main(self, function: Callable[[], Value]) -> Value:
+        """What ``function`` returns on rank 0, a small Python object, on every rank. Called by all ranks together.
+
+        Raises:
+            MegavlmError: On every rank, if rank 0 finds a mistake of the user's: nobody is left waiting. The others raise a ConfigError,
+                which the command line shows of rank 0 only.
+        """
+        value, mistake = None, None
+        if self.is_main:
+            try:
+                value = function()
+            except MegavlmError as error:
+                mistake = error
+        value, message = self.gather((value, str(mistake) if mistake else None))[0]
+        if mistake:
+            raise mistake
+        if message is not None:
+            raise ConfigError(message)
+        return value
 
 
 def find_place(environment) -> dict[str, str]:

@@ -91,8 +91,7 @@ class Trainer:
         self.learning_rate = 0.0
         self._reported: dict[str, float] = {}
         self._restore()
-        if world.is_main:
-            keep(config, self.folder)
+        world.on_main(partial(keep, config, self.folder))
         data = config.data
         pin_memory = world.device.type == "cuda"
         self.loader = Loader(
