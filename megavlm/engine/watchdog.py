@@ -25,12 +25,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from megavlm.engine.guard import FaultConfig
 from megavlm.engine.zero import EngineConfig
 from megavlm.runs.exits import Exit, LastWord
-from megavlm.system.files import DamagedFile, read_json, write_atomically
+from megavlm.system.files import DamagedFile, open_to_write, read_json, write_atomically
 from megavlm.system.harmless import harmless
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Watchdog:
         with harmless(f"the stacks of a hang {here}"):
             here.mkdir(parents=True, exist_ok=True)
             (here / "noticed").touch()
-            with (here / f"rank-{self.rank}.txt").open("w") as file:
+            with open_to_write(here / f"rank-{self.rank}.txt") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             write_atomically(here / f"rank-{self.rank}.json", json.dumps(entry))
         deadline_s = time.monotonic() + GRACE_S
@@ -171,11 +171,11 @@ class Watchdog:
         self.end(Exit.HUNG)
 
 
-def _open_stuck(path: Path) -> TextIO:
+def _open_stuck(path: Path) -> IO[str]:
     """Where stacks of a rank that is stuck go: standard error, if the file cannot be written."""
     with harmless(f"{path}, the stacks of a rank that is stuck, which go to standard error instead"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a")
+        return open_to_write(path, "a")
     return sys.stderr
 
 

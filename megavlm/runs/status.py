@@ -2,8 +2,8 @@
 
 import json
 import logging
-import math
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -26,6 +26,8 @@ OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"
 NOT_IN_QUEUE = "no longer known to SLURM"
 NUMBERS = ("updated", "pid", "step", "num_steps", "world_size", "step_s", "tokens_per_s", "report_s", "skipped", "restarts")
 TEXTS = ("host", "job", "state")
+JOB = re.compile(r"(\d[\d_+]*)?")
+"""The number of a SLURM job, of a task of an array, or of a part of a job; nothing outside SLURM."""
 NEEDED = {"updated", "pid", "host"}
 """What a status always holds; the rest is there from the first step on."""
 
@@ -103,9 +105,13 @@ def _submitted_job(folder: RunFolder) -> str:
     """The job that `megavlm submit` wrote down last, or nothing."""
     for path in sorted(folder.path.glob("slurm/*.job"), reverse=True):
         try:
-            return read_small(path).strip()
+            job = read_small(path).strip()
         except DamagedFile as error:
             log.warning(error.what)
+            continue
+        if JOB.fullmatch(job):
+            return job
+        log.warning("%s is damaged: it is no number of a job", path)
     return ""
 
 
@@ -117,9 +123,11 @@ def _read_status(folder: RunFolder) -> tuple[dict[str, Any], str]:
         status = read_json(folder.status)
     except DamagedFile as error:
         return {}, f"not known: {error.what}"
-    numbers = all(isinstance(status[name], int | float) and math.isfinite(status[name]) for name in NUMBERS if name in status)
+    numbers = all(isinstance(status[name], int | float) and abs(status[name]) < 1e15 for name in NUMBERS if name in status)
     texts = all(isinstance(status[name], str) for name in TEXTS if name in status)
-    return (status, "") if numbers and texts and set(status) >= NEEDED else ({}, f"not known: {folder.status} is damaged: it is no status")
+    if numbers and texts and set(status) >= NEEDED and JOB.fullmatch(status.get("job", "")):
+        return status, ""
+    return {}, f"not known: {folder.status} is damaged: it is no status"
 
 
 def _state(folder: RunFolder, status: dict[str, Any], queue: str) -> str:

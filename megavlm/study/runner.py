@@ -18,7 +18,7 @@ from megavlm.errors import MegavlmError
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import complete_checkpoints, step_of
 from megavlm.study.spec import Arm
-from megavlm.system.files import read_json
+from megavlm.system.files import open_to_write, read_json
 from megavlm.system.world import without_place
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def _run(arm: Arm, processes: int, threads: int) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     commands = [] if is_trained(arm) else [[*launcher, "-m", "megavlm", "train", str(recipe)]]
     commands.append(["-m", "megavlm", "evaluate", str(arm.folder)])
-    with (arm.folder / "study.log").open("a") as log:
+    with open_to_write(arm.folder / "study.log", "a") as log:
         for command in commands:
             print(time.strftime("%F %T"), *command, file=log, flush=True)
             status = subprocess.run([sys.executable, *command], env=environment, stdout=log, stderr=log).returncode

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megavlm.errors import ConfigError, MegavlmError
 
@@ -36,6 +36,15 @@ class DamagedFile(MegavlmError):
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_to_write(path: Path, mode: str = "w") -> IO[str]:
+    """Open a text file of a run folder, ``"w"`` or ``"a"``, whatever has taken its name since.
+
+    Raises:
+        OSError: If it cannot be opened; also of a pipe, which would wait for a reader for ever.
+    """
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))
 
 
 def write_synced(path: Path, content: str | bytes) -> None:

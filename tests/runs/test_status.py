@@ -88,7 +88,19 @@ def test_a_queue_that_does_not_answer(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff", b'{"updated": "x", "host": 1, "pid": 2}', b"{}", b'{"updated": NaN, "host": "a", "pid": 2}']
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b"{}",
+        b'{"updated": "x", "host": 1, "pid": 2}',
+        b'{"updated": NaN, "host": "a", "pid": 2}',
+        b'{"updated": 1, "host": "a", "pid": 1%s}' % (b"0" * 400),
+        b'{"updated": 1, "host": "a", "pid": 2, "job": "--help"}',
+        b'{"updated": 1, "host": "a", "pid": 2, "job": "\\u0000"}',
+    ],
 )
 def test_a_damaged_status_is_named_and_the_rest_is_told(run, content):
     (run / "status.json").write_bytes(content)
@@ -104,8 +116,9 @@ def test_a_damaged_exit_code_is_named(run, content):
     assert "exit_code is damaged" in state(run)
 
 
-def test_a_damaged_note_of_a_job_is_passed_over(run):
+@pytest.mark.parametrize("content", [b"\xff", b"\x00", b"-1", b"seven"])
+def test_a_damaged_note_of_a_job_is_passed_over(run, content):
     (run / "slurm").mkdir()
-    (run / "slurm" / "7.job").write_bytes(b"\xff")
+    (run / "slurm" / "7.job").write_bytes(content)
     (run / "slurm" / "6.job").write_text("6\n")
     assert "job              6" in describe_status(run)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megavlm.system import files
-from megavlm.system.files import DamagedFile, copy_atomically, folder_written_atomically, read_json, write_atomically
+from megavlm.system.files import DamagedFile, copy_atomically, folder_written_atomically, open_to_write, read_json, write_atomically
 from megavlm.system.harmless import harmless
 from megavlm.system.log_file import LogFile
 from tests.system.full_disk import fill, small_disk
@@ -67,6 +67,17 @@ def test_what_is_no_file_is_named_and_never_waited_for(tmp_path):
             read_json(tmp_path / name)
     with pytest.raises(OSError, match="is no file"):
         LogFile(tmp_path / "pipe")
+
+
+def test_a_pipe_is_no_file_to_write_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for mode in ("w", "a"):
+        with pytest.raises(OSError):
+            open_to_write(tmp_path / "pipe", mode)
+    for mode, content in (("w", "ab"), ("a", "abab"), ("w", "ab")):
+        with open_to_write(tmp_path / "file", mode) as file:
+            file.write("ab")
+        assert (tmp_path / "file").read_text() == content
 
 
 def test_a_full_disk_is_told_once_and_again_when_there_is_room(tmp_path, caplog, capsys):
