@@ -28,7 +28,7 @@ class Subject:
     """
 
     def __init__(self, run: str | Path, shards: str | list[str] | None, num_packs: int, overrides: dict[str, Any] | None = None):
-        self.model, parts = load_trained(run, (overrides or {}) | _sources_of(shards))
+        self.model, parts = load_trained(run, (overrides or {}) | _sources_of(shards), in_float32=True)
         self.config = parts.config
         self.origin = "training sources" if shards is None else "held-out shards"
         self.groups = first_samples(parts, num_packs)

@@ -40,7 +40,8 @@ def evaluate(model: TrainedModel) -> dict[str, Any]:
             with reading_sample("", url, key):
                 samples.append(parse_sample(key, members, Coordinates(0, 0, shard, index)))
     benchmark = find_benchmark(config.benchmark)(samples, config.num_drawings, model.image_tokenizer)
-    losses = task_losses(model.backbone, samples, model.encoder, model.costing, device=model.device)
+    where = {"device": model.device, "batch_tokens": config.batch_tokens}
+    losses = task_losses(model.backbone, samples, model.encoder, model.costing, **where)
     understanding = judge_answers(model, benchmark.questions)
     log.info("drawing %d images", len(benchmark.requests))
     drawn = model.image_tokenizer.decode(model.draw(benchmark.requests))
@@ -69,9 +70,10 @@ def judge_answers(model: TrainedModel, questions: list[Sample]) -> dict[str, Any
     """Shares of right answers, by scoring the choices and by writing freely; also by split and kind of question, where samples tell."""
     parts = (model.backbone, questions, model.encoder, model.costing)
     log.info("scoring the answers to %d questions", len(questions))
-    scored = scored_right(*parts, device=model.device)
+    where = {"device": model.device, "batch_tokens": model.config.batch_tokens}
+    scored = scored_right(*parts, **where)
     log.info("answering them freely")
-    written = written_right(*parts, device=model.device)
+    written = written_right(*parts, **where)
 
     def shares(chosen: np.ndarray) -> dict[str, float]:
         return {

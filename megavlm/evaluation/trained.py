@@ -15,6 +15,7 @@ from pydantic import Field
 from megavlm.data.pack.encode import Encoder
 from megavlm.data.pack.pack import Costing
 from megavlm.data.read.source import ShardPatterns
+from megavlm.evaluation.batches import BATCH_TOKENS
 from megavlm.evaluation.sampling import draw_images
 from megavlm.image_tokenizers.protocol import ImageTokenizer
 from megavlm.model.backbone import Backbone
@@ -38,6 +39,8 @@ class EvaluationConfig(Settings):
     """Draw among the k most likely codes; 0 is all of them."""
     guidance: Annotated[Number, Field(ge=0, le=1000)] = 1.0
     """Classifier-free guidance scale; 1 is none."""
+    batch_tokens: Positive = BATCH_TOKENS
+    """Tokens that are drawn, answered or scored together: bounds the memory of their caches (see docs/judging.md)."""
     route: Literal["dense", "trained"] = "dense"
     """Which tokens are active when the model is judged or draws: `dense` is all; `trained` is the policies of the training, in full."""
 
@@ -80,4 +83,5 @@ class TrainedModel:
             temperature=config.temperature,
             top_k=config.top_k,
             guidance=config.guidance,
+            batch_tokens=config.batch_tokens,
         )

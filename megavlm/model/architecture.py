@@ -34,6 +34,10 @@ class ModelConfig(Settings):
     activation_checkpointing: Switch = False
     """Recompute each layer in the backward pass instead of storing its activations."""
 
+    def is_bfloat16(self, device_type: str) -> bool:
+        """Whether the forward and backward pass of the training run in bfloat16 on such a device."""
+        return self.dtype == "bfloat16" or (self.dtype == "auto" and device_type == "cuda")
+
     def outside_window(self, longest: int) -> str:
         """Why sequences of up to ``longest`` tokens do not fit into the layers' sliding windows; empty if they do."""
         return active_window(read_configuration(self.architecture, VOCABULARY), longest)

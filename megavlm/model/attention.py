@@ -8,6 +8,7 @@ Letters: R guests, U active tokens and guests in order, M rows of sequences with
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from megavlm.errors import ConfigError
+from megavlm.routing.plan import WIDEST_HEAD
 from megavlm.routing.route import BIAS_WIDTH, Sequences, Split
 
 NAME = "megavlm_varlen"
@@ -69,7 +71,7 @@ def packed_attention(
 
     Args:
         q_THd: Queries.
-        k_THd: Keys, with as many heads as the queries.
+        k_THd: Keys; each of their heads serves as many of the queries'.
         v_THd: Values, likewise.
         sequences: Boundaries; they cover all T rows.
         scale: Factor of the scores.
@@ -81,24 +83,46 @@ def packed_attention(
     width = q_THd.shape[2]
     if bias_T is not None:
         # one more product per score carries the bias through any kernel
-        ones_THx = functional.pad(torch.ones_like(q_THd[..., :1]), (0, BIAS_WIDTH - 1))
-        bias_THx = ones_THx * (bias_T / scale).to(k_THd.dtype)[:, None, None]
+        ones_THx, bias_THx = (functional.pad(torch.ones_like(x[..., :1]), (0, BIAS_WIDTH - 1)) for x in (q_THd, k_THd))
+        bias_THx = bias_THx * (bias_T / scale).to(k_THd.dtype)[:, None, None]
         q_THd, k_THd = torch.cat([q_THd, ones_THx], 2), torch.cat([k_THd, bias_THx], 2)
         v_THd = functional.pad(v_THd, (0, BIAS_WIDTH))
-    fused = q_THd.is_cuda and q_THd.dtype in (torch.float16, torch.bfloat16)
-    attend = _fused if fused else _per_sequence
+    attend = _fused if takes_fused(q_THd) else _per_sequence
     return attend(q_THd, k_THd, v_THd, sequences, scale=scale)[..., :width]
+
+
+def takes_fused(q_THd: torch.Tensor) -> bool:
+    """Whether torch's fused kernel computes the attention of these queries. Heads that it does not take are refused when a run starts."""
+    return q_THd.is_cuda and q_THd.dtype in (torch.float16, torch.bfloat16)
+
+
+def fits_fused(head_width: int) -> bool:
+    """Whether the fused kernel takes heads of this width (FlashAttention: a multiple of 8, at most 256)."""
+    return head_width % 8 == 0 and head_width <= WIDEST_HEAD
 
 
 def _fused(q_THd, k_THd, v_THd, sequences: Sequences, *, scale: float) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn  # CPU builds of torch may lack it
 
     cu, longest = sequences.cu_seqlens, sequences.max_seqlen
-    out = varlen_attn(q_THd, k_THd, v_THd, cu, cu, longest, longest, scale=scale, window_size=(-1, 0))
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    if q_THd.shape[1] != k_THd.shape[1]:
+        if "enable_gqa" in signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            k_THd, v_THd = _repeated(q_THd, k_THd, v_THd)
+    out = varlen_attn(q_THd, k_THd, v_THd, cu, cu, longest, longest, **options)
     return cast(torch.Tensor, out)  # more than one only if asked for
 
 
+def _repeated(q_THd, *keys_and_values: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values with as many heads as the queries."""
+    groups = q_THd.shape[1] // keys_and_values[0].shape[1]
+    return [x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in keys_and_values]
+
+
 def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, *, scale: float) -> torch.Tensor:
+    k_THd, v_THd = _repeated(q_THd, k_THd, v_THd)
     # split, not slices: its backward is one concatenation
     parts = (x.transpose(0, 1).split(sequences.lengths, dim=1) for x in (q_THd, k_THd, v_THd))
     outputs = [
@@ -110,7 +134,6 @@ def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, *, scale: float) ->
 def _for_transformers(module, query, key, value, attention_mask, *, scaling, context, **asked):  # noqa: PLR0917 (transformers calls it by place)
     """The signature that `transformers` calls: ``[1, heads, T, d]`` in, ``[1, T, heads, d]`` out."""
     _refuse(module, attention_mask, asked, context.longest)
-    groups = query.shape[1] // key.shape[1]
     q_KHd, k_KHd, v_KHd = (x[0].transpose(0, 1) for x in (query, key, value))
     if not isinstance(context, Context):  # decoding with a cache
         return context.attend(q_KHd, k_KHd, v_KHd, scaling)[None], None
@@ -123,9 +146,6 @@ def _for_transformers(module, query, key, value, attention_mask, *, scaling, con
         k_KHd, v_KHd = placed(k_KHd, guests, guests.k_RHd), placed(v_KHd, guests, guests.v_RHd)
         sequences = guests.sequences
         log_sizes_K = None if log_sizes_K is None else placed(log_sizes_K, guests, None)
-    if groups > 1:
-        # torch 2.11's varlen_attn has no grouped queries
-        k_KHd, v_KHd = (x.repeat_interleave(groups, dim=1) for x in (k_KHd, v_KHd))
     if log_sizes_K is not None and context.split is not None:
         out_KHd = _split_attention(q_KHd, k_KHd, v_KHd, context.split, scale=scaling, bias_U=log_sizes_K)
     else:

@@ -56,6 +56,9 @@ class Decoder:
         self.starts_B = self.lengths_B.cumsum(0) - self.lengths_B
         self.place_B = torch.tensor(list(prompt_lengths), device=device)
         self.capacity = max(pack.sequences.lengths) + num_more
+        self.longest = max(prompt_lengths)
+        """Tokens so far of the longest sequence."""
+        self.all_B = torch.arange(len(prompt_lengths), device=device)
         self.caches: dict[int, LayerCache] = {}
         self.gates: dict[tuple[int, int], _GateCounts] = {}
         """Counts of the gates of a stage for a task."""
@@ -66,6 +69,7 @@ class Decoder:
 
     def feed(self, tokens_B: torch.Tensor) -> torch.Tensor:
         """Append a token to each sequence; logits ``[B, V]`` of the next."""
+        self.longest += 1
         logits_BV = self.model(lambda backbone: self._step(backbone, tokens_B))
         self.place_B = self.place_B + 1
         return logits_BV
@@ -110,17 +114,24 @@ class Decoder:
         for s, stage in enumerate(self.pack.route.stages):
             self._inject(backbone, stage, rows_B, embedding_BD)
             is_active_B, gate_B = self._decide(backbone, s, stage, rows_B, h_BD=h_BD)
-            chosen_K = is_active_B.nonzero()[:, 0]
-            if len(chosen_K) == 0:  # stock layers take no empty input; all ranks draw the same and skip together
-                continue
-            x_KD, rotary = h_BD[chosen_K], (cos_B[None, chosen_K], sin_B[None, chosen_K])
+            if is_active_B is None:
+                chosen_K, num_keys = self.all_B, self.longest
+                x_KD, rotary = h_BD, (cos_B[None], sin_B[None])
+            else:
+                # the host waits here, once a stage and token: for how many go on, and for their longest cache
+                lengths_B = self.caches[stage.first_layer].lengths_B
+                num_active, num_keys = torch.stack([is_active_B.sum(), (lengths_B + is_active_B).max()]).tolist()
+                if num_active == 0:  # stock layers take no empty input; all ranks draw the same and skip together
+                    continue
+                chosen_K = is_active_B.long().argsort(descending=True, stable=True)[:num_active]
+                x_KD, rotary = h_BD[chosen_K], (cos_B[None, chosen_K], sin_B[None, chosen_K])
             for layer in range(stage.first_layer, stage.end_layer):
-                context = self.caches[layer].for_sequences(chosen_K)
+                context = CacheView(self.caches[layer], chosen_K, num_keys)
                 x_KD = model.layers[layer](x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, context=context)[0]
             if gate_B is not None:
                 before_KD = h_BD[chosen_K]
                 x_KD = before_KD + gate_B[chosen_K, None].to(h_BD.dtype) * (x_KD - before_KD)
-            h_BD = h_BD.index_copy(0, chosen_K, x_KD)
+            h_BD = x_KD if is_active_B is None else h_BD.index_copy(0, chosen_K, x_KD)
         return self._logits(backbone, h_BD)
 
     def _inject(self, backbone: Backbone, stage: Stage, rows_B: torch.Tensor, embedding_BD: torch.Tensor) -> None:
@@ -135,11 +146,11 @@ class Decoder:
 
     def _decide(
         self, backbone: Backbone, s: int, stage: Stage, rows_B: torch.Tensor, *, h_BD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which sequences' tokens are active in a stage, and what its outcome is scaled by, if by anything."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Which sequences' tokens are active in a stage, None if all are, and what its outcome is scaled by, if by anything."""
         gate_B = None
         if stage.active_K is None:
-            return torch.ones(len(rows_B), dtype=torch.bool, device=self.device), gate_B
+            return None, gate_B
         is_active_B = torch.isin(rows_B, stage.active_K) | (rows_B < 0)
         for choice in stage.choices:
             if choice.plan.how == "gate":
@@ -228,9 +239,6 @@ class LayerCache:
         self.v_BLHd[chosen_K, self.lengths_B[chosen_K]] = v_KHd
         self.lengths_B = self.lengths_B.index_add(0, chosen_K, torch.ones_like(chosen_K))
 
-    def for_sequences(self, chosen_K: torch.Tensor) -> "CacheView":
-        return CacheView(self, chosen_K)
-
 
 @dataclass
 class CacheView:
@@ -238,6 +246,8 @@ class CacheView:
 
     cache: LayerCache
     chosen_K: torch.Tensor
+    num_keys: int
+    """Keys of the longest sequence of the cache, those of this step included."""
 
     @property
     def longest(self) -> int:
@@ -249,7 +259,7 @@ class CacheView:
         cache, chosen = self.cache, self.chosen_K
         cache.append(chosen, k_KHd, v_KHd)
         lengths_K = cache.lengths_B[chosen]
-        longest = int(cache.lengths_B.max())
+        longest = self.num_keys
         is_there_KL = torch.arange(longest, device=chosen.device) < lengths_K[:, None]
         bias_KL = cache.bias_BL[chosen, :longest].masked_fill(~is_there_KL, -torch.inf)
         groups = q_KHd.shape[1] // k_KHd.shape[1]

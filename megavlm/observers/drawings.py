@@ -45,6 +45,7 @@ class Drawings(Observer):
                 temperature=config.evaluation.temperature,
                 top_k=config.evaluation.top_k,
                 guidance=config.evaluation.guidance,
+                batch_tokens=config.evaluation.batch_tokens,
             )
         finally:
             training.engine.train()

@@ -5,8 +5,10 @@ import torch
 
 from megavlm.config import RunConfig
 from megavlm.errors import ConfigError
+from megavlm.model.attention import fits_fused
 from megavlm.model.sizes import count_parameters
 from megavlm.parts.parts import Parts
+from megavlm.routing.plan import WIDEST_HEAD
 from megavlm.system.memory import allow_open_files, check_memory, machine_bytes
 
 MOST_LANES = 512
@@ -49,6 +51,20 @@ def check_model(parts: Parts, world_size: int) -> None:
     else:
         on_host_bytes += shared_bytes
     check_memory(on_host_bytes, machine_bytes(), what, remedy)
+
+
+def check_heads(parts: Parts) -> None:
+    """Whether the device's attention takes the model's heads. (What `merge` adds to them is checked with the policies.)
+
+    Raises:
+        ConfigError: If the fused kernel, which half precision on CUDA needs, does not.
+    """
+    config, width = parts.config, parts.shape.head_width
+    if parts.device.type == "cuda" and config.model.is_bfloat16("cuda") and not fits_fused(width):
+        raise ConfigError(
+            f"model.architecture: heads are {width} wide; the fused attention on CUDA takes multiples of 8 up to {WIDEST_HEAD}\n"
+            "  do:    change head_dim or the number of heads; or set model.dtype to float32, which is slow"
+        )
 
 
 def check_look_ahead(parts: Parts, world_size: int) -> None:

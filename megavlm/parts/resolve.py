@@ -14,7 +14,7 @@ from megavlm.data.pack.mixture import held_share, token_shares
 from megavlm.data.read.index import format_of
 from megavlm.data.tools.tokenize import check_codes
 from megavlm.errors import ConfigError
-from megavlm.parts.fitness import check_look_ahead, check_model
+from megavlm.parts.fitness import check_heads, check_look_ahead, check_model
 from megavlm.parts.parts import Parts
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import checkpoints_in
@@ -88,6 +88,7 @@ def _resolve_alone(parts: Parts, folder: RunFolder, world_size: int) -> Parts:
         parts = parts.replaced(data=_adopted(config, folder))
     elif checkpoints_in(folder.checkpoints):
         log.warning("%s is missing: the run goes on with this recipe, and nobody can say whether it is the same", folder.config_file)
+    check_heads(parts)
     check_model(parts, world_size)
     parts = parts.with_mixture()
     _warn_of_growth(parts)

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from megavlm.config import RunConfig, load_config
 from megavlm.engine.checkpoint import load_weights
 from megavlm.evaluation.trained import TrainedModel
+from megavlm.model.attention import fits_fused
 from megavlm.parts.parts import Parts
 from megavlm.runs.checkpoints import check_run, locate
 from megavlm.runs.folder import RunFolder
@@ -24,12 +26,19 @@ def load_run_config(folder: RunFolder, overrides: dict[str, Any] | None = None) 
     return load_config(str(folder.config_file), {"vocabulary.text_model": str(folder.text_model)} | (overrides or {}))
 
 
-def load_trained(run: str | Path, overrides: dict[str, Any] | None = None) -> tuple[TrainedModel, Parts]:
+def to_bfloat16(module: nn.Module) -> None:
+    """Round the parameters as DeepSpeed does in training: buffers, such as the frequencies of the rotary embedding, stay as they are."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.bfloat16()
+
+
+def load_trained(run: str | Path, overrides: dict[str, Any] | None = None, *, in_float32: bool = False) -> tuple[TrainedModel, Parts]:
     """The weights of a checkpoint, by default a run's newest one, in this one process, and the parts of its configuration.
 
     Args:
         run: The run folder, or one checkpoint in it.
         overrides: Settings to change, as on the command line.
+        in_float32: Whatever the training's precision was. Otherwise it is the training's on CUDA, and float32 on a CPU.
 
     Raises:
         MegavlmError: If there is no checkpoint, or it is damaged.
@@ -41,6 +50,8 @@ def load_trained(run: str | Path, overrides: dict[str, Any] | None = None) -> tu
     backbone = parts.make_backbone()
     load_weights(checkpoint, backbone)
     backbone.to(device).eval()
+    if device.type == "cuda" and config.model.is_bfloat16("cuda") and fits_fused(parts.shape.head_width) and not in_float32:
+        to_bfloat16(backbone)
     model = TrainedModel(
         folder=folder,
         checkpoint=checkpoint,

@@ -118,7 +118,7 @@ class Trainer:
             self.guard,
             optimizer=config.optimizer,
             engine=config.engine,
-            bfloat16=config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and self.world.device.type == "cuda"),
+            bfloat16=config.model.is_bfloat16(self.world.device.type),
             packs_per_rank=len(self.lanes),
         )
 

@@ -49,8 +49,8 @@ def read(text):
 def test_losses_of_samples_do_not_depend_on_what_they_are_packed_with(parts):
     backbone, encoder, costing, device = parts
     samples = [encoder(read("zero")), encoder(read("seven"))]
-    together = sample_losses(backbone, samples, costing, device)
-    alone = [sample_losses(backbone, [sample], costing, device)[0] for sample in samples]
+    together = sample_losses(backbone, samples, costing, device=device)
+    alone = [sample_losses(backbone, [sample], costing, device=device)[0] for sample in samples]
     assert together == pytest.approx(alone, rel=1e-5)
 
 

@@ -6,8 +6,10 @@ import pytest
 
 from megavlm.errors import ConfigError
 from megavlm.parts import fitness
-from megavlm.parts.fitness import check_lanes, check_look_ahead, check_model
+from megavlm.parts.fitness import check_heads, check_lanes, check_look_ahead, check_model
 from megavlm.parts.parts import Parts
+from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.policies import Dense, Merge
 from megavlm.system import memory
 
 
@@ -33,6 +35,38 @@ def test_a_look_ahead_larger_than_the_memory(make_config, monkeypatch):
     monkeypatch.setattr(fitness, "machine_bytes", lambda: 1 << 30)
     with pytest.raises(ConfigError, match="data.look_ahead_samples: holding 4,000,000 samples"):
         check_look_ahead(parts, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("width", "device", "dtype", "is_taken"),
+    [
+        (8, "cuda", "auto", True),
+        (256, "cuda", "bfloat16", True),
+        (12, "cuda", "auto", False),
+        (264, "cuda", "bfloat16", False),
+        (12, "cuda", "float32", True),
+        (12, "cpu", "auto", True),
+        (264, "cpu", "bfloat16", True),
+    ],
+)
+def test_heads_that_the_fused_attention_does_not_take_are_refused_where_it_is_used(make_config, width, device, dtype, is_taken):
+    """Nothing is put on the device for the question."""
+    parts = Parts(make_config({"model.architecture.head_dim": width, "model.dtype": dtype}), device)
+    if is_taken:
+        check_heads(parts)
+        return
+    with pytest.raises(ConfigError, match=f"model.architecture: heads are {width} wide"):
+        check_heads(parts)
+
+
+@pytest.mark.parametrize(("width", "is_taken"), [(248, True), (249, False), (256, False)])
+def test_a_merge_is_refused_where_its_bias_makes_heads_too_wide(width, is_taken):
+    plan = RoutingPlan(Merge(at_layer=1), Dense(), 4, Schedule(1, 0.0, 0.0))
+    if is_taken:
+        plan.check_head_width(width)
+    else:
+        with pytest.raises(ConfigError, match=f"merge adds 8 columns to attention heads; the model's are {width} wide"):
+            plan.check_head_width(width)
 
 
 def test_lanes_of_one_process(make_config, monkeypatch):

@@ -67,7 +67,8 @@ class Judge:
 
         def respond(batch: list[tuple[Item, EncodedSample]]):
             prompts = [prompt for _, prompt in batch]
-            return answer(model.backbone, model.encoder, prompts, model.costing, device=model.device, max_tokens=max_tokens)
+            where = {"device": model.device, "batch_tokens": model.config.batch_tokens}
+            return answer(model.backbone, model.encoder, prompts, model.costing, max_tokens=max_tokens, **where)
 
         return self._run(self._with_images(items, images), respond, score)
 
