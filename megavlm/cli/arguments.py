@@ -15,7 +15,7 @@ NotNegative = Annotated[int, 0]
 
 
 def check_arguments(commands: Any, arguments: list[str]) -> list[str]:
-    """The arguments for fire, text quoted where it would read something else; ``--help`` anywhere asks for the help of the command.
+    """The arguments for fire, text quoted where it would read something else.
 
     Args:
         commands: The object whose methods, and whose attributes' methods, are the commands.
@@ -24,14 +24,7 @@ def check_arguments(commands: Any, arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: If there is no such command, if it takes no such flag or no so many values, or if a number is none.
     """
-    command, path = commands, []
-    for name in arguments:
-        found = getattr(command, name.replace("-", "_"), None) if name[:1] not in "-_" else None
-        if found is None or inspect.isfunction(command) or inspect.ismethod(command):
-            break
-        command, path = found, [*path, name]
-    if {"--help", "-h"} & set(arguments):
-        return [*path, "--", "--help"]
+    command, path = _find(commands, arguments)
     rest = arguments[len(path) :]
     if not inspect.ismethod(command):
         if rest and rest[0] != "--":
@@ -39,6 +32,24 @@ def check_arguments(commands: Any, arguments: list[str]) -> list[str]:
         return arguments
     _check(" ".join(path), command, rest)
     return [*path, *_verbatim(command, rest)]
+
+
+def asks_for_help(commands: Any, arguments: list[str]) -> list[str] | None:
+    """The words of the command, or group, whose help is wanted: ``--help`` may stand anywhere, and a group alone asks for it."""
+    command, path = _find(commands, arguments)
+    wanted = bool({"--help", "-h"} & set(arguments)) or (path == arguments and not inspect.ismethod(command))
+    return path if wanted else None
+
+
+def _find(commands: Any, arguments: list[str]) -> tuple[Any, list[str]]:
+    """The command, or the group, that the first words name, and those words."""
+    command, path = commands, []
+    for name in arguments:
+        found = getattr(command, name.replace("-", "_"), None) if name[:1] not in "-_" else None
+        if found is None or inspect.ismethod(command):
+            break
+        command, path = found, [*path, name]
+    return command, path
 
 
 def _no_command(path: list[str], group: Any, given: str) -> str:

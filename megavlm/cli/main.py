@@ -8,11 +8,15 @@ from pathlib import Path
 
 import megavlm
 from megavlm.cli.analyze import AnalyzeCommands
-from megavlm.cli.arguments import Positive, check_arguments
+from megavlm.cli.arguments import Positive, asks_for_help, check_arguments
+from megavlm.cli.completion import completion_script
 from megavlm.cli.data import DataCommands
+from megavlm.cli.help import help_of
+from megavlm.cli.interrupted import what_is_kept
 from megavlm.cli.judge import JudgeCommands
 from megavlm.cli.runs import CheckpointCommands, RunCommands
 from megavlm.errors import ConfigError, MegavlmError
+from megavlm.system.progress import Console, be_quiet
 
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
 
@@ -88,27 +92,44 @@ class Commands(RunCommands):
         show(table)
         show("nothing is missing" if not missing else "missing:\n  " + "\n  ".join(missing))
 
+    def completion(self, shell: str = "bash"):
+        """Print the script that lets a shell complete commands and options.
+
+            eval "$(megavlm completion bash)"           # in ~/.bashrc; zsh likewise
+            megavlm completion fish | source            # in config.fish
+
+        Args:
+            shell: bash, zsh or fish.
+        """
+        print(completion_script(self, shell))
+
 
 def main() -> None:
     """Run a command; mistakes of the user end with a message and exit status 2, not with a traceback."""
     import fire
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # the deepspeed launcher puts it before the command, and says the same in the environment
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    console = Console()
+    if "--quiet" in arguments:
+        arguments.remove("--quiet")
+        console.setLevel(logging.WARNING)
+        be_quiet()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console])
     for noisy in ("DeepSpeed", "deepspeed", "httpx", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     # torch floods the screen with these under DeepSpeed
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    # the deepspeed launcher puts it before the command, and says the same in the environment
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     if arguments == ["--version"]:
         print(f"megavlm {megavlm.__version__}")
         return
-    # fire would open a pager for its help
-    os.environ["PAGER"] = "cat"
+    commands = Commands()
     try:
-        commands = Commands()
+        if (path := asks_for_help(commands, arguments)) is not None:
+            print(help_of(commands, path))
+            return
         fire.Fire(commands, check_arguments(commands, arguments), name="megavlm")
     except MegavlmError as error:
         # a mistake in the recipe is the same on every rank: one message is enough
@@ -116,7 +137,7 @@ def main() -> None:
             print(f"megavlm: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # in `train` Ctrl-C saves: see megavlm.engine.signals
-        print("megavlm: ended by Ctrl-C", file=sys.stderr)
+        print(f"megavlm: ended by Ctrl-C; {what_is_kept(arguments)}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.filename is None:

@@ -58,7 +58,11 @@ def start_engine(
     # here, because it takes seconds and only training needs it
     import deepspeed
     from deepspeed.runtime.zero import stage3
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+    # torch's AdamW is in this list by its exact class; ours is tested with ZeRO here, which DeepSpeed would warn about at every start
+    if GuardedAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(GuardedAdamW)
     named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
     groups = [
         {"name": "decay", "params": [p for _, p in named if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
@@ -69,8 +73,6 @@ def start_engine(
         (SUMS_OF_BFLOAT16 if bfloat16 else {})
         | read_deepspeed_file(engine.deepspeed)
         | {
-            # of the guard: DeepSpeed has not tested it
-            "zero_allow_untested_optimizer": True,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": packs_per_rank,
             # written always: the default has changed between versions of DeepSpeed

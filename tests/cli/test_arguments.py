@@ -1,12 +1,8 @@
 """What fire would notice too late is refused before a command runs."""
 
-import contextlib
-import sys
-
 import fire
 import pytest
 
-from megavlm.cli import main as cli
 from megavlm.cli.arguments import Positive, check_arguments
 from megavlm.errors import ConfigError
 
@@ -92,22 +88,3 @@ def test_names_reach_the_command_as_they_were_typed(name, form):
     line = [word.replace("{}", name) for word in form.split()]
     fire.Fire(Asked(), check_arguments(Asked(), line), name="megavlm")
     assert seen == [(name, 3)]
-
-
-@pytest.mark.parametrize("line", ["group remove runs/a --help", "group --help remove", "--help"])
-def test_help_anywhere_is_only_help(line):
-    arguments = check_arguments(Commands(), line.split())
-    assert arguments[-2:] == ["--", "--help"] and "runs/a" not in arguments
-
-
-def test_version_and_help_are_printed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["megavlm", "--version"])
-    cli.main()
-    assert capsys.readouterr().out.startswith("megavlm 0.")
-    monkeypatch.setenv("PAGER", "no-such-pager")
-    for arguments in ([], ["--help"], ["data"], ["data", "lint", "--help"]):
-        monkeypatch.setattr(sys, "argv", ["megavlm", *arguments])
-        with contextlib.suppress(SystemExit):
-            cli.main()
-        out, err = capsys.readouterr()
-        assert "SYNOPSIS" in out + err

@@ -7,10 +7,7 @@ from itertools import islice
 from urllib.parse import urlparse
 
 import braceexpand
-from webdataset.gopen import gopen_schemes
 
-KINDS = {"", "file", *(kind for kind in gopen_schemes if kind.isalpha())}
-"""Kinds of URLs; the empty one is a path."""
 MOST_SHARDS = 1_000_000
 """Most shards of one source; a pattern that gives more is a mistake."""
 LONGEST_PATTERN = 10_000
@@ -83,5 +80,11 @@ def _check_url(url: str) -> None:
         raise ValueError("holds an empty name; remove it")
     if parts.scheme in ("http", "https") and not host:
         raise ValueError(f"holds a URL without a host, {url!r}; correct it")
-    if parts.scheme not in KINDS:
-        raise ValueError(f"holds a URL of an unknown kind, {url!r}; use a path, or one of {', '.join(sorted(KINDS - {''}))}")
+    if parts.scheme in ("", "file"):
+        return
+    # here, because it brings torch, and who reads files needs none
+    from webdataset.gopen import gopen_schemes
+
+    kinds = {"file", *(kind for kind in gopen_schemes if kind.isalpha())}
+    if parts.scheme not in kinds:
+        raise ValueError(f"holds a URL of an unknown kind, {url!r}; use a path, or one of {', '.join(sorted(kinds))}")

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlparse
 
-from webdataset.gopen import gopen
-
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 60
@@ -68,6 +66,9 @@ class Opener:
             return io.BufferedReader(_HttpStream(url, self.retries), 1 << 18)
         if is_local(url):
             return open(local_path(url), "rb", buffering=1 << 18)
+        # here, because it brings torch, and who reads files needs none
+        from webdataset.gopen import gopen
+
         return cast(BinaryIO, gopen(url))  # a pipe reads as a file does
 
     def _cached(self, url: str) -> BinaryIO:
