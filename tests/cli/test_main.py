@@ -200,6 +200,7 @@ def test_train_under_torchrun_resume_evaluate_and_generate(digits_folder, tmp_pa
     # alone, on another world size, and to a later end
     log = launch("megavlm", "train", "digits", *tiny(digits_folder, run), "--optimizer.num_steps=8")
     assert "resuming after step 6" in log and "optimizer.num_steps: 6 -> 8" in log and "step 8/8" in log
+    assert "untested" not in log, "DeepSpeed knows our optimizer"
 
     megavlm(monkeypatch, "evaluate", run)
     result = json.loads((run / "evaluation.json").read_text())
