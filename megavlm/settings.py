@@ -5,6 +5,7 @@ Numbers have limits, so that nothing is allocated, hashed or waited for that no 
 Tested by `tests/test_config.py`.
 """
 
+import os
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -25,6 +26,12 @@ def _speakable(name: str) -> str:
     return name
 
 
+def _nameable(path: str) -> str:
+    if any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+        raise ValueError("has a part of more than 255 bytes, which no file system takes for a name")
+    return path
+
+
 Whole = Annotated[int, BeforeValidator(_no_boolean)]
 Number = Annotated[float, BeforeValidator(_no_boolean)]
 Positive = Annotated[Whole, Field(gt=0, le=MOST)]
@@ -35,7 +42,7 @@ Weight = Annotated[Number, Field(ge=1e-6, le=1e6)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 Switch = Annotated[bool, Field(strict=True)]
 Name = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_speakable)]
-PathText = Annotated[str, Field(min_length=1, max_length=4096)]
+PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_nameable)]
 
 
 class Settings(BaseModel):

@@ -13,7 +13,7 @@ import torch
 from megavlm.analysis.gradients import alone, factors_of_tasks
 from megavlm.analysis.similarity import similarity_by_layer
 from megavlm.analysis.subject import Subject
-from megavlm.engine.checkpoint import load_weights
+from megavlm.engine.weights import load_weights
 from megavlm.routing.tasks import TASKS
 from megavlm.runs.manifest import complete_checkpoints, step_of
 

@@ -17,18 +17,18 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 from torch.distributed.checkpoint import api, filesystem, state_dict_loader, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 
 from megavlm.engine.protocol import Engine
+from megavlm.engine.weights import DoesNotFit, check_modules, in_short
 from megavlm.engine.zero_state import Staging, group_steps, install, set_group_steps
 from megavlm.errors import MegavlmError
 from megavlm.runs import manifest
@@ -59,34 +59,6 @@ class Saved:
     """From the call to the rename."""
     num_bytes: int
     """Bytes of all files."""
-
-
-MODULES_OF = {
-    "gates": "learned gates, which the policy mixture_of_depths needs",
-    "injectors": "projections, which the policy kv_injection needs",
-    "reader": "a layer that reads features, which this image tokenizer needs",
-}
-"""Parts of a backbone that come from its route or its image tokenizer, by the first part of their names."""
-
-
-class DoesNotFit(MegavlmError):
-    """An intact checkpoint that does not hold the tensors of this model.
-
-    Args:
-        path: The checkpoint.
-        detail: What torch says; its first line counts.
-    """
-
-    def __init__(self, path: Path, detail: str):
-        self.path = path
-        self.detail = next(iter(detail.splitlines()), "")
-        super().__init__(path, detail)
-
-    def __str__(self) -> str:
-        return (
-            f"checkpoint {self.path} does not fit this model: {self.detail}\n"
-            "  do:    give the model and the routing that it was trained with, or another run_dir"
-        )
 
 
 class Checkpointer:
@@ -229,11 +201,11 @@ class Checkpointer:
         state = read_json(path / "state.json")
         set_group_steps(engine, state["group_steps"])
         tensors = self._staging.empty_like(engine)
-        _check_modules(path, tensors)
+        check_modules(path, tensors)
         try:
             state_dict_loader.load(tensors, storage_reader=filesystem.FileSystemReader(path / "tensors"), process_group=self._main_group)
         except (ValueError, RuntimeError, KeyError, api.CheckpointException) as error:
-            raise DoesNotFit(path, _in_short(error)) from error
+            raise DoesNotFit(path, in_short(error)) from error
         install(tensors, engine)
         self._seconds = [manifest.read_manifest(path)["seconds"]]
         self.last_step = state["step"]
@@ -276,7 +248,7 @@ class Checkpointer:
             raise
         # whatever it was, the run goes on; what torch raises for failures of ranks is no Exception
         except (Exception, api.CheckpointException) as error:
-            return Saved(step, None, f"{_in_short(error)} ({_room(self.folder)})", stall_s, time.perf_counter() - begin, 0)
+            return Saved(step, None, f"{in_short(error)} ({_room(self.folder)})", stall_s, time.perf_counter() - begin, 0)
         return Saved(step, path, "", stall_s, time.perf_counter() - begin, num_bytes)
 
     def _write_files(self, tensors, state: dict, of_rank: tuple, metrics: dict, *, begin: float) -> tuple[Path, int]:
@@ -348,53 +320,9 @@ def _use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Read a checkpoint's weights into a module in this one process, without DeepSpeed.
-
-    Args:
-        path: A complete checkpoint.
-        module: With the same parameters as the one that was trained.
-    """
-    if problems := verify(path):
-        raise MegavlmError(
-            f"checkpoint {path} is damaged: {'; '.join(problems)}\n"
-            "  do:    name another one in place of the run: RUN/checkpoints/step-…; `megavlm checkpoint verify RUN` says which are intact"
-        )
-    parameters = dict(module.named_parameters())
-    flat = {f"value/{name}": torch.empty(p.numel(), dtype=torch.float32) for name, p in parameters.items()}
-    _check_modules(path, flat)
-    try:
-        state_dict_loader.load(flat, storage_reader=filesystem.FileSystemReader(path / "tensors"), no_dist=True)
-    except (ValueError, RuntimeError, KeyError, api.CheckpointException) as error:
-        raise DoesNotFit(path, _in_short(error)) from error
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(flat[f"value/{name}"].view(parameter.shape))
-
-
-def _check_modules(path: Path, tensors: Iterable[str]) -> None:
-    """Whether a checkpoint holds all modules of a model.
-
-    Raises:
-        DoesNotFit: Naming those that it lacks, and what needs them.
-    """
-    known = filesystem.FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
-    lacking = sorted({name.removeprefix("value/") for name in tensors if name.startswith("value/") and name not in known})
-    for kind, words in MODULES_OF.items():
-        if names := [name for name in lacking if name.startswith(f"{kind}.")]:
-            raise DoesNotFit(path, f"it has no {words} ({', '.join(names)}); `init_from` in a new run takes over all the rest")
-
-
 def _room(folder: Path) -> str:
     """torch may hide "No space left on device" behind a complaint about its own file format."""
     try:
         return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
     except OSError as error:
         return f"{folder}: {error.strerror}"
-
-
-def _in_short(error: BaseException) -> str:
-    """The innermost cause: torch wraps what happened on the ranks into tracebacks."""
-    if failures := getattr(error, "failures", None):
-        error = next(iter(failures.values()))[0]
-    return f"{type(error).__name__}: {error}"

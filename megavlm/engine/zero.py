@@ -7,10 +7,10 @@ from pydantic import Field
 
 from megavlm.engine.deepspeed_file import read_deepspeed_file
 from megavlm.engine.guard import Guard, GuardedAdamW
+from megavlm.engine.partition import shape_of
 from megavlm.engine.protocol import Engine
 from megavlm.engine.schedule import OptimizerConfig
 from megavlm.settings import Number, PathText, Positive, Seconds, Settings
-from megavlm.system.world import World
 
 
 class EngineConfig(Settings):
@@ -34,26 +34,36 @@ SUMS_OF_BFLOAT16: dict[str, Any] = {"communication_data_type": "fp32", "data_typ
 would lose what is small beside them."""
 
 
-def start_engine(
-    backbone: torch.nn.Module,
-    world: World,
-    guard: Guard,
-    *,
-    optimizer: OptimizerConfig,
-    engine: EngineConfig,
-    bfloat16: bool,
-    packs_per_rank: int,
-) -> Engine:
+def document_of(engine: EngineConfig, optimizer: OptimizerConfig, *, bfloat16: bool, packs_per_rank: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: the recipe's file, and what the recipe says elsewhere.
+
+    Args:
+        engine: The recipe's ``engine``.
+        optimizer: The recipe's ``optimizer``.
+        bfloat16: Precision of the forward and backward pass; float32 otherwise.
+        packs_per_rank: Micro-batches of an optimizer step on each rank.
+    """
+    return (
+        (SUMS_OF_BFLOAT16 if bfloat16 else {})
+        | read_deepspeed_file(engine.deepspeed)
+        | {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": packs_per_rank,
+            # written always: the default has changed between versions of DeepSpeed
+            "gradient_clipping": optimizer.gradient_clipping,
+            "bf16": {"enabled": bfloat16},
+        }
+    )
+
+
+def start_engine(backbone: torch.nn.Module, guard: Guard, optimizer: OptimizerConfig, document: dict[str, Any]) -> Engine:
     """DeepSpeed's engine around the backbone, with AdamW in two groups: matrices with weight decay, the rest without.
 
     Args:
-        backbone: The model.
-        world: The processes.
+        backbone: The model, divided by `megavlm.engine.partition` or whole.
         guard: Judges every step.
         optimizer: The recipe's ``optimizer``.
-        engine: The recipe's ``engine``.
-        bfloat16: Precision of the forward and backward pass; float32 otherwise.
-        packs_per_rank: Micro-batches of an optimizer step on each rank.
+        document: What `document_of` gave.
     """
     # here, because it takes seconds and only training needs it
     import deepspeed
@@ -65,21 +75,10 @@ def start_engine(
         ZERO_SUPPORTED_OPTIMIZERS.append(GuardedAdamW)
     named = [(name, p) for name, p in backbone.named_parameters() if p.requires_grad]
     groups = [
-        {"name": "decay", "params": [p for _, p in named if p.ndim >= 2], "weight_decay": optimizer.weight_decay},
-        {"name": "no_decay", "params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+        {"name": "decay", "params": [p for _, p in named if len(shape_of(p)) >= 2], "weight_decay": optimizer.weight_decay},
+        {"name": "no_decay", "params": [p for _, p in named if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
     adamw = GuardedAdamW(groups, guard, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps)
-    document = (
-        (SUMS_OF_BFLOAT16 if bfloat16 else {})
-        | read_deepspeed_file(engine.deepspeed)
-        | {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": packs_per_rank,
-            # written always: the default has changed between versions of DeepSpeed
-            "gradient_clipping": optimizer.gradient_clipping,
-            "bf16": {"enabled": bfloat16},
-        }
-    )
     # DeepSpeed reads the norm back to the host in every step, to skip it there; our guard skips on the device
     stage3.is_invalid_grad_norm = lambda _norm: False
     started, *_ = deepspeed.initialize(model=backbone, optimizer=adamw, config=document)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megavlm.engine.checkpoint import load_weights
+from megavlm.engine.weights import load_weights
 from megavlm.errors import MegavlmError
 from megavlm.parts.hub_tokenizer import write_tokenizer
 from megavlm.parts.parts import Parts

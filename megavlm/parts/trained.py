@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megavlm.config import RunConfig, load_config
-from megavlm.engine.checkpoint import load_weights
+from megavlm.engine.weights import load_weights
 from megavlm.evaluation.trained import TrainedModel
 from megavlm.model.attention import fits_fused
 from megavlm.parts.parts import Parts

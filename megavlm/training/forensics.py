@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megavlm.engine.checkpoint import load_weights
 from megavlm.engine.guard import BadStep
+from megavlm.engine.weights import load_weights
 from megavlm.errors import MegavlmError
 from megavlm.parts.parts import Parts
 from megavlm.parts.trained import load_run_config

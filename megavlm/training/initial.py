@@ -4,16 +4,20 @@ Tested by `tests/parts/test_export.py`.
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from megavlm.engine.checkpoint import DoesNotFit, load_weights
+from megavlm.engine.partition import shape_of, write_whole
+from megavlm.engine.weights import CheckpointWeights, DoesNotFit
 from megavlm.errors import ConfigError
 from megavlm.runs.manifest import complete_checkpoints, verify
+from megavlm.system.world import World
 from megavlm.vocabulary import Vocabulary, same_text_model
 
 log = logging.getLogger(__name__)
@@ -22,50 +26,135 @@ NEW_ROW_NOISE = 0.1
 """Standard deviation of a new row about the mean of the old ones, as a share of theirs."""
 
 
-def load_initial_weights(source: str, causal_lm: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """Copy weights into a model, and nothing else.
+def load_initial_weights(source: str, causal_lm: PreTrainedModel, vocabulary: Vocabulary, world: World | None = None) -> None:
+    """Copy weights into a model, and nothing else, a tensor at a time.
 
     The embedding and head of a pretrained model grow by the special tokens and image codes, if the text tokenizer is its own.
 
     Args:
         source: A run folder (its newest intact checkpoint), a checkpoint, a folder that `megavlm export` wrote, or that of a
             pretrained model of `transformers`, as safetensors.
-        causal_lm: Model of the same architecture.
+        causal_lm: Model of the same architecture; its parameters may be divided over the processes.
         vocabulary: Vocabulary of the run.
+        world: The processes, if there are several: they call this together, and rank 0 alone reads.
 
     Raises:
         ConfigError: If there are no weights, or they do not fit.
     """
-    path = Path(source)
+    readers: list[dict[str, Callable[[], torch.Tensor]]] = []
+
+    def find() -> None:
+        try:
+            readers.append(_readers(Path(source), causal_lm, vocabulary))
+        except OSError as error:
+            raise ConfigError(
+                f"init_from: {error.filename or source} cannot be read: {error.strerror}\n  do:    check the path and its permissions"
+            ) from error
+
+    if world:
+        world.on_main(find)
+    else:
+        find()
+    for name, tensor in _tensors(causal_lm).items():
+        write_whole(tensor, readers[0].get(name) if readers else None)
+
+
+def _readers(path: Path, causal_lm: PreTrainedModel, vocabulary: Vocabulary) -> dict[str, Callable[[], torch.Tensor]]:
+    """For each tensor of a model what reads it, once it is known that they all fit."""
+    shapes = {name: shape_of(tensor) for name, tensor in _tensors(causal_lm).items()}
+    given = path
     if (path / "checkpoints").is_dir():
         intact = (checkpoint for checkpoint in reversed(complete_checkpoints(path / "checkpoints")) if not verify(checkpoint))
         path = next(intact, path)
     if (path / "manifest.json").is_file():
-        try:
-            load_weights(path, nn.ModuleDict({"causal_lm": causal_lm}))
-        except DoesNotFit as error:
-            raise ConfigError(_does_not_fit(path, error.detail)) from error
-    elif (path / "config.json").is_file() and (shards := sorted(path.glob("*.safetensors"))):
-        weights = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-        own_text = same_text_model(path, vocabulary.text_model)
-        for name in _vocabulary_matrices(causal_lm) & set(weights):
-            if own_text and len(weights[name]) == vocabulary.num_text:
-                weights[name] = grown(weights[name], vocabulary.size)
-        try:
-            missing, unexpected = causal_lm.load_state_dict(weights, strict=False)
-        except RuntimeError as error:
-            raise ConfigError(_does_not_fit(path, str(error))) from error
-        # of two tied weights one is in the file
-        tied = set(causal_lm.state_dict()) - set(dict(causal_lm.named_parameters()))
-        if unexpected or set(missing) - tied:
-            raise ConfigError(_does_not_fit(path, f"missing {missing}, unexpected {unexpected}"))
-    else:
-        raise ConfigError(
-            f"init_from: {source} holds no weights\n"
-            "  do:    name a run folder with a checkpoint, a checkpoint, a folder written by `megavlm export`, or the folder of a"
-            " pretrained model with safetensors"
-        )
-    log.info("beginning with the weights of %s", path)
+        log.info("beginning with the weights of %s", path)
+        return _of_checkpoint(path, {name: shapes[name] for name, _ in causal_lm.named_parameters()})
+    if (path / "config.json").is_file() and (shards := sorted(path.glob("*.safetensors"))):
+        log.info("beginning with the weights of %s", path)
+        num_old = vocabulary.num_text if same_text_model(path, vocabulary.text_model) else None
+        matrices = _vocabulary_matrices(causal_lm)
+        return _of_safetensors(path, shards, shapes, names=_names(causal_lm), vocabulary_matrices=matrices, num_old=num_old)
+    raise ConfigError(
+        f"init_from: {given} holds no weights\n"
+        "  do:    name a run folder with a checkpoint, a checkpoint, a folder written by `megavlm export`, or the folder of a"
+        " pretrained model with safetensors"
+    )
+
+
+def _of_checkpoint(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Callable[[], torch.Tensor]]:
+    weights = CheckpointWeights(path)
+    try:
+        weights.check({f"causal_lm.{name}": shape for name, shape in shapes.items()})
+    except DoesNotFit as error:
+        raise ConfigError(_does_not_fit(path, error.detail)) from error
+    return {name: partial(weights.read, f"causal_lm.{name}", shape) for name, shape in shapes.items()}
+
+
+def _of_safetensors(
+    path: Path,
+    shards: list[Path],
+    shapes: dict[str, torch.Size],
+    *,
+    names: dict[str, list[str]],
+    vocabulary_matrices: set[str],
+    num_old: int | None,
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """What reads each tensor from a folder of `transformers`.
+
+    Args:
+        path: The folder.
+        shards: Its files.
+        shapes: Of the model's tensors.
+        names: All names of each tensor: of two tied weights one may be in the files.
+        vocabulary_matrices: Tensors that may have grown.
+        num_old: The rows that these have in the files then.
+    """
+    try:
+        files = [safe_open(shard, framework="pt") for shard in shards]
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(_does_not_fit(path, f"a file is damaged: {error}")) from error
+    holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+    found = {name: next((other for other in names[name] if other in holder), None) for name in shapes}
+    missing = sorted(name for name, other in found.items() if other is None)
+    unexpected = sorted(set(holder) - {other for others in names.values() for other in others})
+    if missing or unexpected:
+        raise ConfigError(_does_not_fit(path, f"missing {missing}, unexpected {unexpected}"))
+    readers: dict[str, Callable[[], torch.Tensor]] = {}
+    for name, other in found.items():
+        assert other is not None
+        there, wanted = torch.Size(holder[other].get_slice(other).get_shape()), shapes[name]
+        read = partial(holder[other].get_tensor, other)
+        if there != wanted and name in vocabulary_matrices and there == (num_old, *wanted[1:]):
+            read = partial(_read_grown, read, wanted[0])
+        elif there != wanted:
+            raise ConfigError(_does_not_fit(path, f"{name} is {_by(there)} there and {_by(wanted)} here"))
+        readers[name] = read
+    return readers
+
+
+def _read_grown(read: Callable[[], torch.Tensor], num_rows: int) -> torch.Tensor:
+    return grown(read(), num_rows)
+
+
+def _by(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _tensors(causal_lm: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """What a model's weights consist of: parameters, tied ones once, and buffers that are saved."""
+    saved = set(causal_lm.state_dict())
+    buffers = {name: buffer for name, buffer in causal_lm.named_buffers() if name in saved}
+    return {**dict(causal_lm.named_parameters()), **buffers}
+
+
+def _names(causal_lm: PreTrainedModel) -> dict[str, list[str]]:
+    """All names of each of them."""
+    names: dict[str, list[str]] = {name: [] for name in _tensors(causal_lm)}
+    first = {id(tensor): name for name, tensor in _tensors(causal_lm).items()}
+    for name, tensor in [*causal_lm.named_parameters(remove_duplicate=False), *causal_lm.named_buffers(remove_duplicate=False)]:
+        if id(tensor) in first:
+            names[first[id(tensor)]].append(name)
+    return names
 
 
 def grown(rows_VD: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -29,11 +29,12 @@ from megavlm.data.pack.sources import State, adapt_state
 from megavlm.engine.agreement import Wishes
 from megavlm.engine.checkpoint import Checkpointer
 from megavlm.engine.guard import Guard
+from megavlm.engine.partition import make_partitioned
 from megavlm.engine.protocol import Engine
 from megavlm.engine.schedule import learning_rate
 from megavlm.engine.signals import REASONS, Wish, end_time_of_job
 from megavlm.engine.watchdog import Watchdog
-from megavlm.engine.zero import forget_gradients, gradient_norm, start_engine
+from megavlm.engine.zero import document_of, forget_gradients, gradient_norm, start_engine
 from megavlm.errors import ConfigError
 from megavlm.monitor.board import Board
 from megavlm.monitor.metrics import Meters
@@ -106,21 +107,14 @@ class Trainer:
 
     def _build_engine(self) -> Engine:
         """The model with its first weights, under DeepSpeed."""
-        config = self.parts.config
-        # the same weights on every rank: DeepSpeed keeps rank 0's, but a frozen seed costs nothing
+        config, parts, device = self.parts.config, self.parts, self.world.device
+        bfloat16 = config.model.is_bfloat16(device.type)
+        document = document_of(config.engine, config.optimizer, bfloat16=bfloat16, packs_per_rank=len(self.lanes))
         torch.manual_seed(config.seed)
-        causal_lm = self.parts.make_causal_lm()
+        backbone = make_partitioned(parts.make_backbone, document, bfloat16=bfloat16, device=device)
         if config.init_from and not any(self.world.gather(checkpoints_in(self.folder.checkpoints))):
-            load_initial_weights(config.init_from, causal_lm, self.parts.vocabulary)
-        return start_engine(
-            self.parts.make_backbone(causal_lm),
-            self.world,
-            self.guard,
-            optimizer=config.optimizer,
-            engine=config.engine,
-            bfloat16=config.model.is_bfloat16(self.world.device.type),
-            packs_per_rank=len(self.lanes),
-        )
+            load_initial_weights(config.init_from, backbone.causal_lm, parts.vocabulary, self.world)
+        return start_engine(backbone, self.guard, config.optimizer, document)
 
     def _restore(self) -> None:
         """Go on from the newest intact checkpoint, if there is one."""

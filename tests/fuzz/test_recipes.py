@@ -14,6 +14,8 @@ from tests.fuzz import corpus
 from tests.fuzz.harness import Table, try_cases
 
 SECONDS = 120
+STARTED_SECONDS = 400
+"""A thousand layers take their time."""
 MACHINE_BYTES = 1 << 30
 """What the cases are told that the machine has: a model that needs more must be refused, not tried."""
 SEED = 17
@@ -91,7 +93,7 @@ def fuzz(recipe, folder: Path, num_single: int, num_pairs: int, num_mangled: int
     accepted = [outcome.name for outcome in read.outcomes if outcome.kind == "accepted"]
     started = {name: cases[name] for name in rng.sample(accepted, min(num_started, len(accepted)))}
     started["as it is"] = (whole, str(folder))
-    return [read, try_cases(train_one_step, started, seconds=SECONDS, title="recipes started")]
+    return [read, try_cases(train_one_step, started, seconds=STARTED_SECONDS, title="recipes started")]
 
 
 def check(tables: list[Table]) -> None:

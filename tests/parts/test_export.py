@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megavlm.engine.checkpoint import load_weights
+from megavlm.engine.weights import load_weights
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.parts.export import export
 from megavlm.parts.parts import Parts

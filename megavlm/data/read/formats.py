@@ -69,7 +69,7 @@ def find_format(name: str) -> Format:
             return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"data.sources: format {name} cannot be imported: {error}\n  do:    check PYTHONPATH") from error
-    raise ConfigError(f"data.sources: there is no format {name!r}\n  do:    use one of {', '.join(FORMATS)}, or module:function")
+    raise ConfigError(f"data.sources: there is no format {name[:200]!r}\n  do:    use one of {', '.join(FORMATS)}, or module:function")
 
 
 def parse(key: str, members: Members, source, coordinates: Coordinates, *, seed: int) -> Sample:

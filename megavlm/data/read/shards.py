@@ -127,4 +127,5 @@ def _read_lines(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
 def _read_list(stream: BinaryIO) -> Iterator[tuple[str, Members]]:
     for number, record in enumerate(read_json_list(stream)):
         key = record.get("id") if isinstance(record, dict) else None
-        yield str(key if key is not None else f"{number:08d}"), {"json": json.dumps(record).encode()}
+        # by an empty one nobody finds the sample
+        yield f"{number:08d}" if key in (None, "") else str(key), {"json": json.dumps(record).encode()}

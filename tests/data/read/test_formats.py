@@ -67,6 +67,11 @@ def test_llava_from_a_list_with_a_folder_of_images(tmp_path, make_factory):
     assert sorted(i[3] for pack, _ in lane for i in ids(pack)) == [0, 1, 2, 3]
 
 
+def test_a_document_without_a_name_is_known_by_its_number(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "me"}, {"id": ""}, {"id": None}, {"id": 0}, {}, 7]))
+    assert [key for key, _ in read_shard(str(tmp_path / "a.json"))] == ["me", "00000001", "00000002", "0", "00000004", "00000005"]
+
+
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd"])
 def test_llava_images_outside_of_the_folder_are_refused(tmp_path, name):
     (tmp_path / "secret.png").write_bytes(png())
