@@ -28,8 +28,8 @@ def check_numbers(architecture: dict[str, Any]) -> dict[str, Any]:
     return architecture
 
 
-def count_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of the model that a configuration describes, made without memory.
+def parameter_sizes(config: PreTrainedConfig) -> list[int]:
+    """Numbers in each parameter of the model that a configuration describes, made without memory.
 
     Raises:
         ConfigError: If no model can be made of it.
@@ -42,7 +42,7 @@ def count_parameters(config: PreTrainedConfig) -> int:
             f"model.architecture: transformers makes no model of it: {type(error).__name__}: {str(error)[:500]}\n"
             "  do:    correct its fields, or begin from the config.json of a published model"
         ) from error
-    return sum(parameter.numel() for parameter in model.parameters())
+    return [parameter.numel() for parameter in model.parameters()]
 
 
 def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:

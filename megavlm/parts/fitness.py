@@ -6,15 +6,16 @@ import torch
 from megavlm.config import RunConfig
 from megavlm.errors import ConfigError
 from megavlm.model.attention import fits_fused
-from megavlm.model.sizes import count_parameters
+from megavlm.model.sizes import parameter_sizes
 from megavlm.parts.parts import Parts
 from megavlm.routing.plan import WIDEST_HEAD
 from megavlm.system.memory import allow_open_files, check_memory, machine_bytes
 
 MOST_LANES = 512
 """Most lanes of one process; it runs as many packs in one step."""
-WEIGHTS_BYTES, TRAINING_BYTES = 4, 16
-"""Bytes of a parameter: in the model as it is made; and of its master copy, gradient and two moments, which the processes share."""
+DRAWN_BYTES, TRAINING_BYTES = 8, 20
+"""Bytes of a parameter: while it is drawn and divided, one after the other; then its weight, master copy, gradient and two moments, which
+the processes share."""
 TOKEN_BYTES, SAMPLE_BYTES = 32, 2048
 """Rough bytes of the look-ahead, per token and per sample."""
 
@@ -41,13 +42,12 @@ def check_model(parts: Parts, world_size: int) -> None:
     Raises:
         ConfigError: With the memory that it needs.
     """
-    number = count_parameters(parts.model_configuration)
-    what = f"model.architecture: {number:,} parameters, a process of {world_size}"
-    remedy = "give a smaller model.architecture"
-    shared_bytes = number * TRAINING_BYTES / world_size
-    on_host_bytes = number * WEIGHTS_BYTES
+    sizes = parameter_sizes(parts.model_configuration)
+    what = f"model.architecture: {sum(sizes):,} parameters, a process of {world_size}"
+    remedy = "give a smaller model.architecture, or start more processes"
+    shared_bytes, on_host_bytes = sum(sizes) * TRAINING_BYTES / world_size, max(sizes) * DRAWN_BYTES
     if parts.device.type == "cuda":
-        check_memory(shared_bytes, torch.cuda.get_device_properties(parts.device).total_memory, what, f"{remedy}, or start more processes")
+        check_memory(shared_bytes, torch.cuda.get_device_properties(parts.device).total_memory, what, remedy)
     else:
         on_host_bytes += shared_bytes
     check_memory(on_host_bytes, machine_bytes(), what, remedy)
