@@ -98,10 +98,9 @@ def unknown_fields(tree: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     kind = CONFIG_MAPPING["ministral" if is_ministral else tree["model_type"]]
     known = {*_fields_of(kind), *REPLACED, *ABOUT_THE_FILE, *ROTARY_FIELDS, *LEFTOVERS}
     known |= {*GenerationConfig().to_dict(), "quantization_config", "model_type", "per_layer_config", "num_labels", "output_attentions"}
-    for part in kind.sub_configs_defaults.values():
+    for part in _parts_of(kind):
         # files of multimodal models may hold the fields of their text decoder themselves
-        is_named = issubclass(part.config_class, PreTrainedConfig)
-        known |= _fields_of(part.config_class if is_named else CONFIG_MAPPING[part.model_type])
+        known |= _fields_of(part)
     yield from _unlike(tree, known, "")
     for name in ("rope_scaling", "rope_parameters"):
         inner = tree.get(name)
@@ -110,7 +109,17 @@ def unknown_fields(tree: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 
 def _fields_of(kind: type[PreTrainedConfig]) -> set[str]:
-    return {*kind.__dataclass_fields__, *kind.attribute_map, *kind.sub_configs_defaults}
+    return {*kind.__dataclass_fields__, *kind.attribute_map, *kind.sub_configs}
+
+
+def _parts_of(kind: type[PreTrainedConfig]) -> list[type[PreTrainedConfig]]:
+    """The configurations inside one, such as its text decoder's."""
+    if hasattr(kind, "sub_configs_defaults"):
+        parts = kind.sub_configs_defaults.values()
+        return [part.config_class if issubclass(part.config_class, PreTrainedConfig) else CONFIG_MAPPING[part.model_type] for part in parts]
+    # transformers 5.17 says what they are by default only in a configuration that is made
+    found = [getattr(kind(), name, None) for name in kind.sub_configs]
+    return [type(part) for part in found if isinstance(part, PreTrainedConfig)]
 
 
 def _unlike(tree: dict[str, Any], known: set[str], prefix: str) -> Iterator[tuple[str, str, float]]:
