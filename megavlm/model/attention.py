@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from megavlm.errors import ConfigError
 from megavlm.routing.plan import WIDEST_HEAD
 from megavlm.routing.route import BIAS_WIDTH, Sequences, Split
+from megavlm.routing.rows import take_rows
 
 NAME = "megavlm_varlen"
 WITHOUT_EFFECT = ("position_ids", "use_cache")
@@ -151,7 +152,7 @@ def _for_transformers(module, query, key, value, attention_mask, *, scaling, con
     else:
         out_KHd = packed_attention(q_KHd, k_KHd, v_KHd, sequences, scale=scaling, bias_T=log_sizes_K)
     if guests is not None:
-        out_KHd = out_KHd.index_select(0, guests.place_K)
+        out_KHd = take_rows(out_KHd, guests.place_K)
     return out_KHd[None], None
 
 
@@ -181,11 +182,11 @@ def _refuse(module, attention_mask, asked: dict[str, Any], longest: int) -> None
 def _split_attention(q_UHd, k_UHd, v_UHd, split: Split, *, scale: float, bias_U: torch.Tensor) -> torch.Tensor:
     """Attention whose bias only those sequences carry that have one."""
     merged, others = split.merged_rows, split.other_rows
-    q_MHd, k_MHd, v_MHd, bias_M = (x.index_select(0, merged) for x in (q_UHd, k_UHd, v_UHd, bias_U))
+    q_MHd, k_MHd, v_MHd, bias_M = (take_rows(x, merged) for x in (q_UHd, k_UHd, v_UHd, bias_U))
     with_bias = packed_attention(q_MHd, k_MHd, v_MHd, split.merged, scale=scale, bias_T=bias_M)
-    q_OHd, k_OHd, v_OHd = (x.index_select(0, others) for x in (q_UHd, k_UHd, v_UHd))
+    q_OHd, k_OHd, v_OHd = (take_rows(x, others) for x in (q_UHd, k_UHd, v_UHd))
     without = packed_attention(q_OHd, k_OHd, v_OHd, split.others, scale=scale)
-    return torch.cat([with_bias, without]).index_select(0, split.back_U)
+    return take_rows(torch.cat([with_bias, without]), split.back_U)
 
 
 def placed(x_KHd: torch.Tensor, guests: Guests, guest_RHd: torch.Tensor | None) -> torch.Tensor:

@@ -34,6 +34,7 @@ from megavlm.routing.injection import Injector
 from megavlm.routing.plan import RoutingPlan
 from megavlm.routing.route import Stage
 from megavlm.routing.router import Router
+from megavlm.routing.rows import take_rows
 from megavlm.routing.tasks import TASKS, Task
 
 
@@ -105,7 +106,7 @@ class Backbone(nn.Module):
         if not isinstance(work, Pack):
             return work(self)
         h_TD, gate_loss = self.hidden_states(work, self.observe)
-        h_MD = self.causal_lm.model.norm(h_TD.index_select(0, work.rows_M))
+        h_MD = self.causal_lm.model.norm(take_rows(h_TD, work.rows_M))
         sums_G = chunked_loss(
             self.causal_lm.lm_head, h_MD, work.targets_M, work.groups_M, num_groups=self.num_groups, num_chunks=self.num_chunks
         )
@@ -130,9 +131,10 @@ class Backbone(nn.Module):
             context = Context(stage.sequences, split=stage.split)
             if router.log_sizes_T is not None:
                 (context.log_sizes_K,) = router.take(active, router.log_sizes_T)[1:]
+            places = _places(stage, active, len(embedding_TD)) if stage.injections else None
             for layer in range(stage.first_layer, stage.end_layer):
-                if stage.injections:
-                    context.guests = self._guests(stage, layer, active, embedding_TD)
+                if places is not None:
+                    context.guests = self._guests(stage, layer, places, embedding_TD)
                 is_watched = stage.is_watched and layer == stage.end_layer - 1
                 context.observe = None
                 if is_watched or observe:
@@ -153,17 +155,13 @@ class Backbone(nn.Module):
         features_RF = pack.features_RF.view(-1, self.reader.in_features).to(embedding_TD.dtype)
         return embedding_TD.index_copy(0, pack.feature_rows_R, self.reader(features_RF))
 
-    def _guests(self, stage: Stage, layer: int, active: torch.Tensor | None, embedding_TD: torch.Tensor) -> Guests:
+    def _guests(self, stage: Stage, layer: int, places: tuple[torch.Tensor, torch.Tensor], embedding_TD: torch.Tensor) -> Guests:
         """Keys and values of a layer for rows that do not travel."""
         parts = [
-            self.injectors[f"{injection.task}_{layer}"](embedding_TD.index_select(0, injection.rows_R)) for injection in stage.injections
+            self.injectors[f"{injection.task}_{layer}"](take_rows(embedding_TD, injection.rows_R)) for injection in stage.injections
         ]
         k_RHd, v_RHd = (torch.cat(part) for part in zip(*parts))
-        rows_R = torch.cat([injection.rows_R for injection in stage.injections])
-        rows_K = torch.arange(len(embedding_TD), device=rows_R.device) if active is None else active
-        rows_U = torch.cat([rows_K, rows_R]).sort().values
-        place_K, place_R = (torch.searchsorted(rows_U, rows) for rows in (rows_K, rows_R))
-        return Guests(k_RHd, v_RHd, place_K, place_R, stage.injections[0].sequences)
+        return Guests(k_RHd, v_RHd, *places, stage.injections[0].sequences)
 
     def _layer(self, layer: nn.Module, x_KD: torch.Tensor, rotary: tuple, context) -> torch.Tensor:
         def call(x_KD):
@@ -173,6 +171,14 @@ class Backbone(nn.Module):
             # not the reentrant kind: that drops gradients when the input needs none
             return checkpoint(call, x_KD, use_reentrant=False)[0]
         return call(x_KD)[0]
+
+
+def _places(stage: Stage, active: torch.Tensor | None, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where active rows and guests stand among both, in the pack's order; the same in all layers of a stage."""
+    rows_R = torch.cat([injection.rows_R for injection in stage.injections])
+    rows_K = torch.arange(num_tokens, device=rows_R.device) if active is None else active
+    rows_U = torch.cat([rows_K, rows_R]).sort().values
+    return torch.searchsorted(rows_U, rows_K), torch.searchsorted(rows_U, rows_R)
 
 
 def _observer(router: Router | None, observe: Callable | None, layer: int, active, *, without_places: Callable, context: Context):

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy on labelled rows only, in chunks, as sums per group. Tested by `tests/distributed/test_training.py`."""
+"""Next-token cross-entropy on labelled rows only, in chunks, as sums per group."""
 
 import math
 from typing import Annotated
@@ -39,9 +39,9 @@ def chunked_loss(
 ) -> torch.Tensor:
     """Sums of cross-entropy per group.
 
-    The logits of a chunk are made again in the backward pass, so that never more than one chunk of them exists. The number of
-    chunks is the caller's and the same for every pack, because under ZeRO-3 every rank must call the head equally often (P7); a
-    chunk may be empty.
+    The logits of a chunk are made again in the backward pass, so that never more than one chunk of them exists; a single chunk
+    is kept. The number of chunks is the caller's and the same for every pack, because under ZeRO-3 every rank must call the head
+    equally often (P7); a chunk may be empty.
 
     Args:
         head: Output projection, D → V.
@@ -55,10 +55,13 @@ def chunked_loss(
         float32 ``[num_groups]``.
     """
     rows = math.ceil(len(h_MD) / num_chunks)
-    losses = [
-        checkpoint(_cross_entropy, head, h_MD[i * rows : (i + 1) * rows], targets_M[i * rows : (i + 1) * rows], use_reentrant=False)
-        for i in range(num_chunks)
-    ]
+    lengths = [min(rows, max(0, len(h_MD) - i * rows)) for i in range(num_chunks)]
+    # split, not slices: its backward is one concatenation
+    chunks = zip(h_MD.split(lengths), targets_M.split(lengths))
+    if num_chunks == 1:
+        losses = [_cross_entropy(head, *chunk) for chunk in chunks]
+    else:
+        losses = [checkpoint(_cross_entropy, head, *chunk, use_reentrant=False) for chunk in chunks]
     return h_MD.new_zeros(num_groups, dtype=torch.float32).index_add(0, groups_M, torch.cat(losses))
 
 

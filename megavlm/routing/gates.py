@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from megavlm.routing.route import Choice
+from megavlm.routing.rows import take_rows
 from megavlm.routing.selectors import Candidates, sort_by_span
 
 
@@ -26,7 +27,7 @@ def open_gates(gate: nn.Module, h_TD: torch.Tensor, among: Candidates, choice: C
         The chosen rows, ascending; what each row's outcome is scaled by ``[T]``, 1 for rows that are not candidates; the
         summed auxiliary loss.
     """
-    logit_C = at_least_float32(gate(h_TD.index_select(0, among.rows_C))[:, 0])
+    logit_C = at_least_float32(gate(take_rows(h_TD, among.rows_C))[:, 0])
     chosen_C = causal_quota(logit_C.detach() > 0, among, choice)
     gate_T = logit_C.new_ones(len(h_TD)).index_copy(0, among.rows_C, logit_C.sigmoid())
     # chosen ones first, in order; their number is known

@@ -18,6 +18,7 @@ from torch import nn
 from megavlm.routing.gates import open_gates
 from megavlm.routing.merging import merge_spans
 from megavlm.routing.route import Choice, Route, Stage
+from megavlm.routing.rows import take_rows
 from megavlm.routing.selectors import DEVICE_SELECTORS, Candidates, Evidence, sort_by_span
 
 
@@ -63,13 +64,13 @@ class Router:
     def take(self, active: torch.Tensor | None, *tables: torch.Tensor) -> list[torch.Tensor]:
         """The active rows of the residual stream and of the given tables."""
         everything = (self.h_TD, *tables)
-        return list(everything) if active is None else [table.index_select(0, active) for table in everything]
+        return list(everything) if active is None else [take_rows(table, active) for table in everything]
 
     def write(self, active: torch.Tensor | None, x_KD: torch.Tensor) -> None:
         """Put the outcome of a stage back into the residual stream."""
         if self.gate_T is not None:
             (before_KD,), gate_K = self.take(active), self.gate_T
-            gate_K = gate_K if active is None else gate_K.index_select(0, active)
+            gate_K = gate_K if active is None else take_rows(gate_K, active)
             x_KD = before_KD + gate_K[:, None].to(x_KD.dtype) * (x_KD - before_KD)
         self.h_TD = x_KD if active is None else self.h_TD.index_copy(0, active, x_KD)
 
