@@ -17,6 +17,7 @@ OF_THE_RECIPE = {
     "scheduler": "optimizer.warmup_steps and optimizer.min_lr_ratio",
     "activation_checkpointing": "model.activation_checkpointing",
     "tensorboard": "monitor",
+    "timers": "monitor",
 }
 """Key → the setting that says it."""
 KNOWN = (

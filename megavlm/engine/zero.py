@@ -52,6 +52,8 @@ def document_of(engine: EngineConfig, optimizer: OptimizerConfig, *, bfloat16: b
             # written always: the default has changed between versions of DeepSpeed
             "gradient_clipping": optimizer.gradient_clipping,
             "bf16": {"enabled": bfloat16},
+            # they wait for the device twice per micro-batch; the meters tell the throughput
+            "timers": {"throughput": {"enabled": False}},
         }
     )
 

@@ -8,7 +8,7 @@ from megavlm.model.configuration import read_configuration, read_folder
 from megavlm.model.families import active_window, read_exact
 from megavlm.model.proof import VOCABULARY, prove
 from megavlm.model.sizes import check_numbers
-from megavlm.settings import Settings, Switch
+from megavlm.settings import Positive, Settings, Switch
 
 
 def _checked(architecture: dict[str, Any]) -> dict[str, Any]:
@@ -31,8 +31,8 @@ class ModelConfig(Settings):
     not computed exactly is refused: see `docs/models.md`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; `auto` is bfloat16 on CUDA and float32 on CPU."""
-    activation_checkpointing: Switch = False
-    """Recompute each layer in the backward pass instead of storing its activations."""
+    activation_checkpointing: Switch | Positive = False
+    """Recompute layers in the backward pass instead of storing their activations: `true` is every layer, a number n is every n-th."""
 
     def is_bfloat16(self, device_type: str) -> bool:
         """Whether the forward and backward pass of the training run in bfloat16 on such a device."""

@@ -12,7 +12,7 @@ Letters: R rows that are injected or have features, F numbers of a feature, U ac
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         num_sources: Sources of the mixture, for losses per source.
         max_labels: Upper bound of a pack's labelled rows.
         chunk_rows: Labelled rows per call of the output head.
-        activation_checkpointing: Recompute every layer in the backward pass.
+        activation_checkpointing: Recompute every layer in the backward pass, or every n-th.
         feature_width: F of the features that images which are read consist of; 0 if they are read as codes.
     """
 
@@ -76,7 +76,7 @@ class Backbone(nn.Module):
         max_labels: int,
         *,
         chunk_rows: int,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | int = False,
         feature_width: int = 0,
     ):
         super().__init__()
@@ -84,7 +84,7 @@ class Backbone(nn.Module):
         self.selectors = plan.selectors
         self.num_groups = num_sources * len(TASKS)
         self.num_chunks = math.ceil(max_labels / chunk_rows)
-        self.activation_checkpointing = activation_checkpointing
+        self.recompute_every = int(activation_checkpointing)
         self.observe: Callable | None = None
         """Sees every layer of every pack until it is taken away again; see `hidden_states`."""
         shape = ModelShape.of(causal_lm.config)
@@ -142,7 +142,7 @@ class Backbone(nn.Module):
                     context.observe = _observer(
                         router if is_watched else None, observe, layer, active, without_places=without_places, context=context
                     )
-                x_KD = self._layer(model.layers[layer], x_KD, (cos_K[None], sin_K[None]), replace(context))
+                x_KD = self._layer(layer, x_KD, (cos_K[None], sin_K[None]), replace(context))
             router.write(active, x_KD)
         return router.h_TD, router.gate_loss
 
@@ -157,20 +157,29 @@ class Backbone(nn.Module):
 
     def _guests(self, stage: Stage, layer: int, places: tuple[torch.Tensor, torch.Tensor], embedding_TD: torch.Tensor) -> Guests:
         """Keys and values of a layer for rows that do not travel."""
-        parts = [
-            self.injectors[f"{injection.task}_{layer}"](take_rows(embedding_TD, injection.rows_R)) for injection in stage.injections
-        ]
+        parts = [self.injectors[f"{injection.task}_{layer}"](take_rows(embedding_TD, injection.rows_R)) for injection in stage.injections]
         k_RHd, v_RHd = (torch.cat(part) for part in zip(*parts))
         return Guests(k_RHd, v_RHd, *places, stage.injections[0].sequences)
 
-    def _layer(self, layer: nn.Module, x_KD: torch.Tensor, rotary: tuple, context) -> torch.Tensor:
-        def call(x_KD):
-            return layer(x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, context=context)
+    def _layer(self, layer: int, x_KD: torch.Tensor, rotary: tuple, context) -> torch.Tensor:
+        module = self.causal_lm.model.layers[layer]
 
-        if self.activation_checkpointing and torch.is_grad_enabled():
+        def call(x_KD):
+            return module(x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, context=context)
+
+        if self.recomputes(layer) and torch.is_grad_enabled():
             # not the reentrant kind: that drops gradients when the input needs none
             return checkpoint(call, x_KD, use_reentrant=False)[0]
         return call(x_KD)[0]
+
+    def recomputes(self, layer: int) -> bool:
+        """Whether a layer is computed again in the backward pass."""
+        return self.recompute_every > 0 and (layer + 1) % self.recompute_every == 0
+
+    def recomputed_shares(self, bounds: Sequence[tuple[int, int]]) -> list[float]:
+        """What share of each stage (first layer, end layer), and of the output head, the backward pass computes again."""
+        layers = [sum(map(self.recomputes, range(first, end))) / (end - first) for first, end in bounds]
+        return [*layers, float(self.num_chunks > 1)]
 
 
 def _places(stage: Stage, active: torch.Tensor | None, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,12 +42,14 @@ class Meters:
         world: The processes.
         sources: Names of the sources, in the recipe's order.
         stages: (first layer, end layer) of every stage.
+        recomputed: Share of each stage, and of the output head, that the backward pass computes again.
     """
 
-    def __init__(self, world: World, sources: Sequence[str], stages: Sequence[tuple[int, int]]):
+    def __init__(self, world: World, sources: Sequence[str], stages: Sequence[tuple[int, int]], recomputed: Sequence[float]):
         self.world = world
         self.sources = sources
         self.stages = stages
+        self.recomputed = np.array(recomputed)
         self.totals = dict.fromkeys(TOTALS, 0.0)
         self._reset()
 
@@ -55,7 +57,7 @@ class Meters:
         self.num_steps = 0
         self.loss_sums = torch.zeros(len(self.sources) * len(TASKS), device=self.world.device)
         self.labels = np.zeros(len(self.sources) * len(TASKS))
-        self.tokens = self.samples = self.data_wait_s = 0.0
+        self.tokens = self.samples = self.data_wait_s = self.again_flops = 0.0
         self.flops = np.zeros(len(TASKS))
         self.dense_flops = np.zeros(len(TASKS))
         self.kept = np.zeros((len(self.stages), 2))
@@ -70,6 +72,7 @@ class Meters:
         self.tokens += pack.num_tokens
         self.samples += len(pack.keys)
         self.flops += pack.task_flops.sum(0)
+        self.again_flops += float(self.recomputed @ pack.flops)
         self.dense_flops += pack.dense_flops
         self.kept += pack.kept_tokens
         self.images += pack.image_tokens
@@ -89,6 +92,8 @@ class Meters:
         first = states[0]
         sums = np.sum([state["sums"] for state in states], axis=0)
         here = self._parts()
+        if len(sums) == sum(map(len, here)) - 1:  # a checkpoint from before recomputation was counted
+            sums = np.append(sums, 0.0)
         if len(sums) != sum(map(len, here)):  # another policy has other stages: count from 0
             return
         self.num_steps = first["num_steps"]
@@ -99,11 +104,11 @@ class Meters:
         losses, self.labels, kept, self.images, self.flops, self.dense_flops, scalars = np.split(sums, ends[:-1])
         self.loss_sums = torch.tensor(losses, dtype=torch.float32, device=self.world.device)
         self.kept = kept.reshape(self.kept.shape)
-        self.tokens, self.samples, self.data_wait_s, cpu_s = scalars.tolist()
+        self.tokens, self.samples, self.data_wait_s, cpu_s, self.again_flops = scalars.tolist()
         self.begin_cpu_s = time.process_time() - cpu_s
 
     def _parts(self) -> list[np.ndarray]:
-        scalars = [self.tokens, self.samples, self.data_wait_s, time.process_time() - self.begin_cpu_s]
+        scalars = [self.tokens, self.samples, self.data_wait_s, time.process_time() - self.begin_cpu_s, self.again_flops]
         losses = self.loss_sums.double().cpu().numpy()
         parts = [losses, self.labels, self.kept.ravel(), self.images, self.flops, self.dense_flops, scalars]
         return [np.asarray(part, np.float64) for part in parts]
@@ -117,7 +122,7 @@ class Meters:
         ends = np.cumsum([len(part) for part in parts])
         flops_of_ranks = ranks[:, ends[3] : ends[4]].sum(1)
         losses, labels, kept, images, flops, dense_flops, scalars = np.split(ranks.sum(0), ends[:-1])
-        tokens, samples, data_wait_s, cpu_s = scalars
+        tokens, samples, data_wait_s, cpu_s, again_flops = scalars
         losses, labels = (x.reshape(len(self.sources), len(TASKS)) for x in (losses, labels))
         values = {
             "time/step_s": seconds / self.num_steps,
@@ -125,6 +130,7 @@ class Meters:
             "throughput/tokens_per_s": tokens / seconds,
             "throughput/samples_per_s": samples / seconds,
             "throughput/executed_tflops_per_s": (1 + BACKWARD_FACTOR) * flops.sum() / seconds / 1e12,
+            "throughput/recomputed_tflops_per_s": again_flops / seconds / 1e12,
             "throughput/dense_equivalent_tflops_per_s": (1 + BACKWARD_FACTOR) * dense_flops.sum() / seconds / 1e12,
             "routing/flops_share": flops.sum() / dense_flops.sum(),
             "balance/planned_max_over_mean": flops_of_ranks.max() / flops_of_ranks.mean(),

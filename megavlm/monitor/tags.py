@@ -9,7 +9,12 @@ from megavlm.routing.tasks import TASKS
 
 ALWAYS = (
     *("time/step_s", "time/data_wait_share", "throughput/tokens_per_s", "throughput/samples_per_s"),
-    *("throughput/executed_tflops_per_s", "throughput/dense_equivalent_tflops_per_s", "routing/flops_share"),
+    *(
+        "throughput/executed_tflops_per_s",
+        "throughput/recomputed_tflops_per_s",
+        "throughput/dense_equivalent_tflops_per_s",
+        "routing/flops_share",
+    ),
     *("balance/planned_max_over_mean", "balance/probe_max_over_median", "balance/data_wait_max_s", "balance/measured_max_over_mean"),
     *("optimizer/learning_rate", "optimizer/gradient_norm", "faults/skipped_steps", "memory/peak_gib"),
     *(f"data/{count}" for count in COUNTS),

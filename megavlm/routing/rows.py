@@ -1,4 +1,4 @@
-"""Rows of a pack that are taken once each: the backward pass copies them back instead of adding them up. Tested by `tests/routing/test_rows.py`."""
+"""Rows of a pack that are taken once each: the backward pass copies them back instead of adding them up."""
 
 import torch
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from megavlm.data.pack.ahead import copied_ahead
 from megavlm.data.pack.lane import COUNTS
 from megavlm.data.pack.loader import Loader, lanes_of
 from megavlm.data.pack.pack import Pack
@@ -82,7 +83,7 @@ class Trainer:
         self.engine = self._build_engine()
         # of the groups that DeepSpeed has made, too
         set_timeout(config.engine.timeout_s)
-        self.meters = Meters(world, list(config.data.sources), parts.plan.bounds)
+        self.meters = Meters(world, list(config.data.sources), parts.plan.bounds, self.engine.module.recomputed_shares(parts.plan.bounds))
         self.stragglers = Stragglers(world, self.folder.stragglers)
         weights = [config.loss.task_weights.get(task, 1.0) for task in TASKS]
         self.loss_weights = torch.tensor([*weights, config.loss.gate_weight], device=world.device)
@@ -202,7 +203,7 @@ class Trainer:
                 observer.before_step(view)
         step_loss = torch.zeros((), device=self.world.device)
         losses, begin_cpu_s = [], time.thread_time()
-        for number, pack in enumerate(packs):
+        for number, (pack, here) in enumerate(copied_ahead(packs, self.world.device)):
             if self.wishes.agree(step_ends=False) > Wish.SAVE:
                 return None
             self._seed_modules(pack)
@@ -210,7 +211,7 @@ class Trainer:
             with ExitStack() as watching:
                 for observer in self.observers:
                     watching.enter_context(observer.around_pack(step, number, pack))
-                loss_sums_G = engine(pack.to(self.world.device))
+                loss_sums_G = engine(here)
             losses.append(loss_sums_G[:-1].detach())
             loss = (loss_sums_G * factor_G).sum()
             step_loss += loss.detach()

@@ -28,6 +28,7 @@ def test_what_ships_is_taken(name):
         ({"zero_optimization": ZERO3 | {"stge": 3}}, "zero_optimization.stge"),
         ({"zero_optimization": ZERO3 | {"reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size"),
         ({"zero_optimization": ZERO3 | {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer: offloading is not supported"),
+        ({"zero_optimization": ZERO3, "timers": {}}, "timers: is said by the recipe's monitor"),
         ({"zero_optimization": ZERO3, "train_batch_size": 8}, "train_batch_size: is said by the recipe's data.num_lanes"),
         ({"zero_optimization": ZERO3, "fp16": {"enabled": True}}, "fp16: is said by the recipe's model.dtype"),
         ({"zero_optimization": ZERO3, "communication_data_type": "fp8"}, "communication_data_type: is fp8; give one of fp32, bf16"),

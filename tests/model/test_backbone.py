@@ -119,8 +119,35 @@ def test_router_equals_masks_when_the_schedule_keeps_everything(policy):
 def test_activation_checkpointing_changes_nothing(policy):
     pack = make_pack(MIXED, policy)
     storing, recomputing = make_backbone(policy), make_backbone(policy, activation_checkpointing=True)
+    every_second = make_backbone(policy, activation_checkpointing=2)
     first = loss_and_gradients(storing, lambda: storing(pack))
     assert_close(first, loss_and_gradients(recomputing, lambda: recomputing(pack)), 0.0)
+    assert_close(first, loss_and_gradients(every_second, lambda: every_second(pack)), 0.0)
+
+
+@pytest.mark.parametrize(("checkpointing", "times"), [(False, [1] * 6), (True, [2] * 6), (2, [1, 2] * 3), (4, [1, 1, 1, 2, 1, 1])])
+def test_every_nth_layer_is_computed_again(checkpointing, times):
+    backbone, counts = make_backbone(chunk_rows=7, activation_checkpointing=checkpointing), [0] * NUM_LAYERS
+
+    def count(layer):
+        counts[layer] += 1
+
+    layers = backbone.causal_lm.model.layers
+    hooks = [layers[i].register_forward_pre_hook(lambda *_, i=i: count(i)) for i in range(NUM_LAYERS)]
+    loss_and_gradients(backbone, lambda: backbone(make_pack(MIXED, "dense")))
+    for hook in hooks:
+        hook.remove()
+    assert counts == times[:NUM_LAYERS]
+    shares = [times[0] - 1, sum(times[1:NUM_LAYERS]) / (NUM_LAYERS - 1) - 1, 1.0]
+    assert backbone.recomputed_shares([(0, 1), (1, NUM_LAYERS)]) == pytest.approx(shares)
+
+
+def test_guests_find_their_places_once_per_stage():
+    pack, backbone = make_pack(MIXED, "kv_injection_both"), make_backbone("kv_injection_both")
+    with torch.profiler.profile() as profile:
+        backbone(pack)
+    (searches,) = [event.count for event in profile.key_averages() if event.key == "aten::searchsorted"]
+    assert searches == 2 * sum(bool(stage.injections) for stage in pack.route.stages)
 
 
 def test_packed_equals_one_sample_at_a_time():
