@@ -9,7 +9,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
@@ -109,7 +109,7 @@ def unknown_fields(tree: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 
 def _fields_of(kind: type[PreTrainedConfig]) -> set[str]:
-    return {*kind.__dataclass_fields__, *kind.attribute_map, *kind.sub_configs}
+    return {*kind.__dataclass_fields__, *kind.attribute_map, *cast(dict, kind.sub_configs)}
 
 
 def _parts_of(kind: type[PreTrainedConfig]) -> list[type[PreTrainedConfig]]:
@@ -118,7 +118,7 @@ def _parts_of(kind: type[PreTrainedConfig]) -> list[type[PreTrainedConfig]]:
         parts = kind.sub_configs_defaults.values()
         return [part.config_class if issubclass(part.config_class, PreTrainedConfig) else CONFIG_MAPPING[part.model_type] for part in parts]
     # transformers 5.17 says what they are by default only in a configuration that is made
-    found = [getattr(kind(), name, None) for name in kind.sub_configs]
+    found = [getattr(kind(), name, None) for name in cast(dict, kind.sub_configs)]
     return [type(part) for part in found if isinstance(part, PreTrainedConfig)]
 
 
