@@ -10,6 +10,7 @@ counted as its ``config.json`` says.
 
 import io
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,8 @@ from megavlm.image_tokenizers.build import ImageTokenizerConfig
 from megavlm.image_tokenizers.pixel import PixelTokenizerConfig
 from megavlm.settings import PathText, Settings
 from megavlm.system.files import copy_atomically, write_atomically
+
+log = logging.getLogger(__name__)
 
 
 class VocabularyConfig(Settings):
@@ -258,6 +261,7 @@ def _sentences(texts: Iterable[str], counts: TextCounts, mistakes: list[MegavlmE
             counts.texts += 1
             counts.divided += len(text.encode("utf-8", "surrogatepass")) > SENTENCE_BYTES
             yield from _parts(text.translate(UNSPEAKABLE))
+        log.info("%d texts are read; the pieces are made from them", counts.texts)
     except MegavlmError as error:
         mistakes.append(error)
 

@@ -50,8 +50,17 @@ def digits_folder(tmp_path_factory):
 @pytest.fixture
 def make_config(digits_folder, tmp_path):
     """``make_config(overrides)``: the quickstart recipe, tiny, on the shards of ``digits_folder``."""
+    return _config_maker(digits_folder, tmp_path)
 
-    def make(overrides=None, run_dir=tmp_path / "run"):
+
+@pytest.fixture(scope="module")
+def make_config_once(digits_folder, tmp_path_factory):
+    """``make_config`` for a run that the tests of a module share."""
+    return _config_maker(digits_folder, tmp_path_factory.mktemp("shared"))
+
+
+def _config_maker(digits_folder, folder):
+    def make(overrides=None, run_dir=folder / "run"):
         sources = {task: {"shards": f"{digits_folder}/{task}-train-{{00..07}}.tar"} for task in ("understanding", "generation")}
         places = {
             "run_dir": str(run_dir),

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich import box
-from rich.progress import track
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
@@ -27,6 +26,7 @@ from megavlm.routing.policies import LateDrop
 from megavlm.routing.tasks import TASKS
 from megavlm.runs.manifest import step_of
 from megavlm.system.files import write_atomically
+from megavlm.system.progress import progress
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def analyze_attention(subject: Subject, num_rows: int) -> tuple[Table, list[Path
     watch = AttentionWatch(
         subject.model.costing.shape, subject.model.encoder.vocabulary, subject.config.seed, num_rows, num_sequences=10**6
     )
-    for pack in track(subject.packs(), "watching", transient=True):
+    for pack in progress(subject.packs(), "watch attention"):
         with watch.on(subject.model.backbone, pack):
             subject.model.backbone(pack.to(subject.model.device))
     shares = watch.shares()
@@ -70,9 +70,9 @@ def analyze_drops(
         task_weights=config.loss.task_weights,
         device=model.device,
     )
-    candidates = probe.curves(_progress("leaving"))
+    candidates = probe.curves(_progress("images leave"))
     if flops_share is not None:
-        candidates += probe.bypasses(tuple(keep_ratios), _progress("bypassing"))
+        candidates += probe.bypasses(tuple(keep_ratios), _progress("images pass by"))
     document = _head(subject) | {
         "dense_loss": dict(zip(TASKS, probe.dense.losses_t)),
         "dense_forward_flops": probe.dense.dense_flops,
@@ -147,7 +147,7 @@ def _to_tensorboard(subject: Subject, pictures: Iterable[Path]) -> None:
 
 
 def _progress(words: str) -> Callable:
-    return lambda work: track(work, words, transient=True)
+    return lambda work: progress(work, words)
 
 
 def _attention_table(shares: dict[tuple[str, str], Allocation]) -> Table:

@@ -55,10 +55,11 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         from megavlm.data.read.index import write_index
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.read.urls import is_local, local_path
+        from megavlm.system.progress import progress
 
         if format:
             find_format(format)
-        for url in expand_shards("shards", as_shards(shards)):
+        for url in progress(expand_shards("shards", as_shards(shards)), "index"):
             if not is_local(url):
                 raise ConfigError(f"{url} is not a local file\n  do:    write the index where the shard is, and copy both")
             print(f"{url}: {write_index(Path(local_path(url)), format or None).samples} samples")

@@ -5,6 +5,7 @@ Tested by `tests/evaluation/test_evaluate_shapes.py`.
 
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from megavlm.errors import ConfigError
 from megavlm.evaluation.benchmark import find_benchmark
 from megavlm.evaluation.trained import TrainedModel
 from megavlm.evaluation.understanding import scored_right, task_losses, written_right
+from megavlm.monitor.board import Board
+from megavlm.runs.manifest import step_of
 from megavlm.system.files import write_atomically
 from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
@@ -59,11 +62,24 @@ def evaluate(model: TrainedModel) -> dict[str, Any]:
         },
     }
     write_atomically(model.folder.evaluation, json.dumps(result, indent=2))
+    board = Board(model.folder.tensorboard / "evaluation", None, writes=True)
+    board.scalars(dict(numbers_in(result, "evaluation")), step_of(model.checkpoint))
     shown = min(50, len(benchmark.requests))
     picture = model.folder.path / "drawings.png"
     with harmless(f"the picture {picture}"):
         save_grid(drawn[:shown], benchmark.requests[:shown], picture, title=f"drawn by {model.folder.path}, {model.checkpoint.name}")
+    board.picture("drawings", picture, step_of(model.checkpoint))
+    board.close()
     return result
+
+
+def numbers_in(tree: dict[str, Any], path: str) -> Iterator[tuple[str, float]]:
+    """The numbers of a result with their tags."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from numbers_in(value, f"{path}/{name}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{path}/{name}", float(value)
 
 
 def judge_answers(model: TrainedModel, questions: list[Sample]) -> dict[str, Any]:

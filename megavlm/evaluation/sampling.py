@@ -16,6 +16,7 @@ from megavlm.evaluation.batches import BATCH_TOKENS, batches
 from megavlm.image_tokenizers.protocol import GridOnly
 from megavlm.model.decoding import Decoder
 from megavlm.randomness import Purpose, integer_seed
+from megavlm.system.progress import progress
 from megavlm.vocabulary import Vocabulary
 
 NOISE_NUMBERS = 2**25
@@ -112,7 +113,7 @@ def _draw_batch(
     )
     logits_BV, drawn, num_codes = decoder.start(), [], tokenizer.height * tokenizer.width
     barred_PC = torch.from_numpy(tokenizer.barred()).to(device)
-    for place in range(num_codes):
+    for place in progress(range(num_codes), "draw images"):
         logits_BC = logits_BV[:, vocabulary.first_code : vocabulary.size]
         if guided:
             with_prompt, without = logits_BC.chunk(2)

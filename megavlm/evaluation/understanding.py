@@ -19,6 +19,7 @@ from megavlm.evaluation.batches import BATCH_TOKENS, batches
 from megavlm.evaluation.sampling import answer
 from megavlm.model.backbone import Backbone
 from megavlm.routing.tasks import TASKS
+from megavlm.system.progress import progress
 
 BATCH_SAMPLES = 128
 CHUNK_ROWS = 8192
@@ -31,7 +32,8 @@ def sample_losses(
 ) -> np.ndarray:
     """The summed cross-entropy of each sample's labelled tokens ``[len(samples)]``, which is minus its log-likelihood."""
     losses = []
-    for rows in batches([sample.num_tokens for sample in samples], batch_tokens, BATCH_SAMPLES):
+    lengths = [sample.num_tokens for sample in samples]
+    for rows in progress([*batches(lengths, batch_tokens, BATCH_SAMPLES)], "score samples"):
         batch = list(samples[rows])
         pack = build_pack(batch, costing, num_sources=1, lane=0, step=0, seed=0).to(device)
         h_TD, _ = backbone.hidden_states(pack)
@@ -76,7 +78,7 @@ def written_right(
 ) -> np.ndarray:
     """Whether the model answers each sample right when it writes freely, greedily and until ``<eos>``: bool ``[len(samples)]``."""
     right = []
-    for begin in range(0, len(samples), BATCH_SAMPLES):
+    for begin in progress(range(0, len(samples), BATCH_SAMPLES), "answer questions"):
         batch = samples[begin : begin + BATCH_SAMPLES]
         prompts = [encoder(sample).prompt() for sample in batch]
         answers = answer(backbone, encoder, prompts, costing, device=device, batch_tokens=batch_tokens)

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from megavlm.errors import DataError, MegavlmError
 from megavlm.image_tokenizers.compressed import CompressedTokenizer, save_plug_in
@@ -27,6 +25,7 @@ from megavlm.randomness import Purpose, integer_seed, stream
 from megavlm.system.files import folder_written_atomically, write_atomically
 from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
+from megavlm.system.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +141,7 @@ def _train(
     begins, ends = int(FREE_SHARE * plan.steps), int(RESTARTS_END * plan.steps)
     features, chosen_K, history = [], torch.zeros(settings.codebook_size, device=device), []
     every_entry = torch.arange(settings.codebook_size, device=device)
-    for step in track(range(plan.steps), "training the plug-in", console=Console(stderr=True)):
+    for step in progress(range(plan.steps), "train the plug-in"):
         if len(order) < plan.batch_images:
             order = np.concatenate([order, rng.permutation(len(codes_Nhw))])
         batch, order = codes_Nhw[order[: plan.batch_images]].to(device), order[plan.batch_images :]

@@ -24,7 +24,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from rich.progress import Progress
 from sklearn.cluster import MiniBatchKMeans
 from torch.nn import functional
 from transformers import JanusVQVAE, JanusVQVAEConfig
@@ -35,6 +34,7 @@ from megavlm.randomness import Purpose, integer_seed, stream
 from megavlm.system.files import folder_written_atomically, write_atomically
 from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
+from megavlm.system.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -204,38 +204,35 @@ def _train(images_NHWC: np.ndarray, config: JanusVQVAEConfig, plan: Plan, device
     rng = stream(plan.seed, Purpose.SAMPLE)
     codebook, order, seen, num_revived = None, np.zeros(0, np.int64), [], 0
     free_steps = max(1, int(FREE_SHARE * plan.steps))
-    with Progress() as progress:
-        task = progress.add_task("training", total=plan.steps)
-        for step in range(plan.steps):
-            if len(order) < plan.batch_images:
-                order = np.concatenate([order, rng.permutation(len(images_NHWC))])
-            batch, order = images_NHWC[order[: plan.batch_images]], order[plan.batch_images :]
-            x_NCHW = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2) / 127.5 - 1
-            x_NCHW = functional.pixel_unshuffle(x_NCHW, 2)
-            for group in optimizer.param_groups:
-                group["lr"] = plan.learning_rate * _schedule(step, plan.steps)
-            z_NChw = latents(model, x_NCHW)
-            z_MC = z_NChw.detach().permute(0, 2, 3, 1).flatten(0, 2)
-            if step >= free_steps and codebook is None:
-                codebook = Codebook(model.quantize.embedding.weight.data, torch.cat(seen), plan.seed)
-            if codebook is None:
-                q_NChw, seen = z_NChw, [*seen, z_MC][-KMEANS_BATCHES:]
-            else:
-                codes_Nhw = nearest_direction(z_NChw, codebook.weight_VC)
-                q_NChw = functional.embedding(codes_Nhw, codebook.weight_VC).permute(0, 3, 1, 2)
-            decoded_NCHW = reconstruct(model, z_NChw + (q_NChw - z_NChw).detach())
-            difference = decoded_NCHW - x_NCHW
-            reconstruction = difference.abs().mean() + difference.square().mean()
-            loss = reconstruction + COMMITMENT * (z_NChw - q_NChw.detach()).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            if codebook is not None:
-                num_revived += codebook.update(z_MC, codes_Nhw.flatten(), step % 10 == 9 and step < RESTARTS_END * plan.steps)
-            if step % 100 == 99:
-                log.info("step %d/%d  reconstruction %.4f  codes revived %d", step + 1, plan.steps, reconstruction.item(), num_revived)
-            progress.advance(task)
+    for step in progress(range(plan.steps), "train the image tokenizer"):
+        if len(order) < plan.batch_images:
+            order = np.concatenate([order, rng.permutation(len(images_NHWC))])
+        batch, order = images_NHWC[order[: plan.batch_images]], order[plan.batch_images :]
+        x_NCHW = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+        x_NCHW = functional.pixel_unshuffle(x_NCHW, 2)
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate * _schedule(step, plan.steps)
+        z_NChw = latents(model, x_NCHW)
+        z_MC = z_NChw.detach().permute(0, 2, 3, 1).flatten(0, 2)
+        if step >= free_steps and codebook is None:
+            codebook = Codebook(model.quantize.embedding.weight.data, torch.cat(seen), plan.seed)
+        if codebook is None:
+            q_NChw, seen = z_NChw, [*seen, z_MC][-KMEANS_BATCHES:]
+        else:
+            codes_Nhw = nearest_direction(z_NChw, codebook.weight_VC)
+            q_NChw = functional.embedding(codes_Nhw, codebook.weight_VC).permute(0, 3, 1, 2)
+        decoded_NCHW = reconstruct(model, z_NChw + (q_NChw - z_NChw).detach())
+        difference = decoded_NCHW - x_NCHW
+        reconstruction = difference.abs().mean() + difference.square().mean()
+        loss = reconstruction + COMMITMENT * (z_NChw - q_NChw.detach()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if codebook is not None:
+            num_revived += codebook.update(z_MC, codes_Nhw.flatten(), step % 10 == 9 and step < RESTARTS_END * plan.steps)
+        if step % 100 == 99:
+            log.info("step %d/%d  reconstruction %.4f  codes revived %d", step + 1, plan.steps, reconstruction.item(), num_revived)
     return model.eval()
 
 

@@ -92,8 +92,13 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
     """
     from megavlm.data.pack.loader import lanes_of
     from megavlm.engine.deepspeed_file import read_deepspeed_file
+    from megavlm.monitor.writers import check_writers
+    from megavlm.observers.answers import Answers
+    from megavlm.observers.bar import Bar
     from megavlm.observers.drawings import Drawings
     from megavlm.observers.instruments import Instruments
+    from megavlm.observers.remarks import Remarks
+    from megavlm.observers.routes import Routes
     from megavlm.parts.fitness import check_lanes
     from megavlm.parts.resolve import resolve
     from megavlm.runs.folder import RunFolder
@@ -102,8 +107,10 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
     # before anything is read: the processes may not be able to share the lanes
     lanes_of(world.rank, world.size, config.data.num_lanes)
     check_lanes(config, world.size)
+    check_writers(config.monitor.writers)
     read_deepspeed_file(config.engine.deepspeed)
-    return Trainer(resolve(config, RunFolder(config.run_dir), world), world, [Instruments(), Drawings()])
+    observers = [Instruments(), Drawings(), Answers(), Routes(), Remarks(), Bar()]
+    return Trainer(resolve(config, RunFolder(config.run_dir), world), world, observers)
 
 
 def is_a_loss(error: Exception) -> bool:

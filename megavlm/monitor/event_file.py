@@ -25,20 +25,21 @@ class EventFile:
 
     Args:
         folder: Where ``tensorboard --logdir`` looks.
-        first_step: What earlier files show from this step on is taken back.
+        first_step: What earlier files show from this step on is taken back; None takes nothing back.
 
     Raises:
         OSError: If it cannot be written; it is not there then.
     """
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, first_step: int | None):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"events.out.tfevents.{int(time.time()):010d}.{os.uname().nodename}.{os.getpid()}.{next(_numbers)}"
         self._file = path.open("xb", buffering=0)
         self._end = 0
         try:
             self._add(Event(file_version="brain.Event:2"))
-            self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+            if first_step is not None:
+                self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         except OSError:
             self.close()
             path.unlink(missing_ok=True)

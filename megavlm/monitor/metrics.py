@@ -11,8 +11,10 @@ import torch
 
 from megavlm.costs import BACKWARD_FACTOR
 from megavlm.data.pack.pack import Pack
+from megavlm.monitor.writers import WriterName
 from megavlm.routing.tasks import TASKS
 from megavlm.settings import Positive, Settings
+from megavlm.system.memory import resident_bytes
 from megavlm.system.world import World
 
 
@@ -21,8 +23,11 @@ class MonitorConfig(Settings):
 
     log_every_steps: Positive = 10
     """Steps between lines in the log and points in TensorBoard."""
+    writers: list[WriterName] = ["tensorboard"]
+    """Who gets the numbers: `tensorboard`, `csv` (`scalars.csv`), `wandb` and `mlflow` (where installed; offline). Pictures and texts go to
+    TensorBoard alone."""
     sample_every_steps: Positive | None = None
-    """Steps between drawings for TensorBoard and `samples/`. Off by default."""
+    """Steps between drawings, answers and pictures of the route for TensorBoard and `samples/`. Off by default."""
     sample_prompts: list[str] = []
     """Prompts of these drawings."""
     attention_every_steps: Positive | None = None
@@ -151,6 +156,7 @@ class Meters:
         for name, value in zip(TOTALS, counted, strict=True):
             self.totals[name] += float(value)
             values[f"totals/{name}"] = self.totals[name]
+        values["memory/host_gib"] = resident_bytes() / 2**30
         if self.world.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._reset()

@@ -16,7 +16,7 @@ ALWAYS = (
         "routing/flops_share",
     ),
     *("balance/planned_max_over_mean", "balance/probe_max_over_median", "balance/data_wait_max_s", "balance/measured_max_over_mean"),
-    *("optimizer/learning_rate", "optimizer/gradient_norm", "faults/skipped_steps", "memory/peak_gib"),
+    *("optimizer/learning_rate", "optimizer/gradient_norm", "faults/skipped_steps", "memory/peak_gib", "memory/host_gib"),
     *(f"data/{count}" for count in COUNTS),
     *(f"totals/{total}" for total in TOTALS),
 )

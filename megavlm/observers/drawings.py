@@ -5,11 +5,18 @@ Tested by `tests/distributed/test_training.py`.
 
 import numpy as np
 
+from megavlm.config import RunConfig
 from megavlm.evaluation.sampling import draw_images
 from megavlm.randomness import Purpose, integer_seed
 from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
 from megavlm.training.observers import Observer, Training
+
+
+def is_sampling_due(config: RunConfig, num_steps: int) -> bool:
+    """Whether it is time for drawings and the like: every so many steps, and after the last one."""
+    every = config.monitor.sample_every_steps
+    return every is not None and (num_steps % every == 0 or num_steps == config.optimizer.num_steps)
 
 
 class Drawings(Observer):
@@ -22,8 +29,7 @@ class Drawings(Observer):
 
     def after_step(self, num_steps: int) -> None:
         config = self.training.parts.config
-        every, prompts = config.monitor.sample_every_steps, config.monitor.sample_prompts
-        if not every or not prompts or (num_steps % every and num_steps != config.optimizer.num_steps):
+        if not config.monitor.sample_prompts or not is_sampling_due(config, num_steps):
             return
         codes = self._draw(num_steps)
         if self.training.world.is_main:
@@ -53,6 +59,7 @@ class Drawings(Observer):
     def _show(self, codes: np.ndarray, num_steps: int) -> None:
         training = self.training
         images = training.parts.image_tokenizer.decode(codes)
-        training.board.images("samples", images, num_steps)
         picture = training.folder.samples / f"step-{num_steps:08d}.png"
         save_grid(images, training.parts.config.monitor.sample_prompts, picture, title=f"step {num_steps}")
+        # with their prompts
+        training.board.picture("samples", picture, num_steps)

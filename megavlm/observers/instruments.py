@@ -9,10 +9,12 @@ Letters: G sums that the backbone gives, or key/value heads; L layers, X statist
 import math
 from contextlib import AbstractContextManager, nullcontext
 
-from megavlm.analysis.attention import STATISTICS, AttentionWatch
+from megavlm.analysis.attention import STATISTICS, Allocation, AttentionWatch
+from megavlm.analysis.figures import attention_shares, head_maps
 from megavlm.analysis.gradients import factors_of_tasks, under_zero
 from megavlm.costs import ModelShape
 from megavlm.data.pack.pack import Pack
+from megavlm.system.harmless import harmless
 from megavlm.training.observers import Observer, StepView, Training
 
 
@@ -29,6 +31,7 @@ class Instruments(Observer):
         self.engine = training.engine
         self.world = training.world
         self.board = training.board
+        self.samples = training.folder.samples
         self.vocabulary = training.parts.vocabulary
         self.seed = training.parts.config.seed
 
@@ -59,10 +62,20 @@ class Instruments(Observer):
             return
         watch, self._watch = self._watch, None
         watch.merge(self.world.sum)
-        for (task, query), allocation in watch.shares().items():
+        shares = watch.shares()
+        if self.world.is_main and shares:
+            self._show(shares, num_steps)
+        for (task, query), allocation in shares.items():
             for statistic, values_L in zip(STATISTICS, allocation.mean_XL, strict=True):
                 for layer, value in enumerate(values_L):
                     self._log(f"attention_{task}_{query}/{statistic}/layer_{layer:02d}", value, num_steps)
+
+    def _show(self, shares: dict[tuple[str, str], Allocation], num_steps: int) -> None:
+        """The same as pictures: shares by layer, and attention on images by layer and head."""
+        for name, draw in (("shares", attention_shares), ("heads", head_maps)):
+            path = self.samples / f"attention-{name}-{num_steps:08d}.png"
+            with harmless(f"the picture {path}"):
+                self.board.picture(f"attention/{name}", draw(shares, path), num_steps)
 
     def _log(self, tag: str, value: float, step: int) -> None:
         if math.isfinite(value):  # NaN where no row of this layer was looked at

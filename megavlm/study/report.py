@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megavlm.study.hparams import write_hparams
 from megavlm.study.results import Results
 from megavlm.study.spec import DENSE, JOINT, Metric
 from megavlm.study.statistics import ENOUGH_SEEDS, Interval, bootstrap, chance_of_agreement, gain, retained
@@ -48,6 +49,7 @@ def write_report(results: Results, command: str) -> Path:
         "## Every run",
         _table(["run", *_metric_names(summary), "labelled tokens", "PFLOPs", "CPU min"], _run_rows(results)),
     ])  # fmt: skip
+    write_hparams(results, folder / "tensorboard")
     path = folder / "report.md"
     write_atomically(path, text + "\n")
     return path

@@ -29,7 +29,7 @@ class Results:
     def metric(self, policy: str, data: str, metric: Metric) -> np.ndarray:
         """A metric ``[num_seeds]``, signed so that higher is better."""
         sign = 1 if metric.better == "high" else -1
-        return sign * np.array([_at(self.runs[policy, data, seed]["evaluation"], metric.path) for seed in self.seeds])
+        return sign * np.array([number_at(self.runs[policy, data, seed]["evaluation"], metric.path) for seed in self.seeds])
 
     def total(self, policy: str, data: str, name: str) -> np.ndarray:
         """One of the run's totals (`megavlm.monitor.metrics.TOTALS`) ``[num_seeds]``."""
@@ -47,7 +47,8 @@ def collect(study: StudyConfig, arms: list[Arm]) -> Results:
     return Results(study, runs)
 
 
-def _at(tree: Any, path: str) -> float:
+def number_at(tree: Any, path: str) -> float:
+    """A number of ``evaluation.json`` by its dotted path."""
     for name in path.split("."):
         tree = tree[name]
     return float(tree)

@@ -5,20 +5,19 @@ Tested by `tests/study/test_report.py`.
 
 import logging
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from megavlm.config import load_config, save_config
 from megavlm.errors import MegavlmError
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import complete_checkpoints, step_of
+from megavlm.study.children import Children
 from megavlm.study.spec import Arm
 from megavlm.system.files import open_to_write, read_json
+from megavlm.system.progress import Progress
 from megavlm.system.world import without_place
 
 log = logging.getLogger(__name__)
@@ -56,14 +55,16 @@ def run_arms(arms: list[Arm], parallel: int, processes: int) -> None:
     _refuse_other_settings(arms)
     todo = [arm for arm in arms if not is_judged(arm)]
     threads = max(1, len(os.sched_getaffinity(0)) // (parallel * processes))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    failures = []
-    with Progress(*columns) as progress, ThreadPoolExecutor(parallel) as pool:
-        bar = progress.add_task(f"{len(arms)} arms, {parallel} at a time", total=len(arms), completed=len(arms) - len(todo))
-        running = {pool.submit(_run, arm, processes, threads): arm for arm in todo}
+    failures, children = [], Children()
+    with (
+        Progress(f"arms, {parallel} at a time", len(arms), done=len(arms) - len(todo), lines=False) as bar,
+        ThreadPoolExecutor(parallel) as pool,
+        children.ended_by_signals(pool),
+    ):
+        running = {pool.submit(_run, arm, processes, threads, children): arm for arm in todo}
         for future in as_completed(running):
-            progress.advance(bar)
-            progress.print(f"{running[future].folder.name}: {future.result() or 'done'}")
+            bar.advance()
+            log.info("%s: %s (%d of %d arms)", running[future].folder.name, future.result() or "done", bar.done, len(arms))
             failures += [future.result()] if future.result() else []
     if failures:
         raise MegavlmError(
@@ -82,7 +83,7 @@ def _refuse_other_settings(arms: list[Arm]) -> None:
             )
 
 
-def _run(arm: Arm, processes: int, threads: int) -> str:
+def _run(arm: Arm, processes: int, threads: int, children: Children) -> str:
     """Train and judge one arm. Returns what went wrong, or an empty string."""
     arm.folder.mkdir(parents=True, exist_ok=True)
     recipe = arm.folder / "recipe.yaml"
@@ -94,7 +95,7 @@ def _run(arm: Arm, processes: int, threads: int) -> str:
     with open_to_write(arm.folder / "study.log", "a") as log:
         for command in commands:
             print(time.strftime("%F %T"), *command, file=log, flush=True)
-            status = subprocess.run([sys.executable, *command], env=environment, stdout=log, stderr=log).returncode
+            status = children.run([sys.executable, *command], env=environment, stdout=log, stderr=log)
             if status:
                 return f"{command[-2]} ended with status {status}, see {arm.folder / 'study.log'}"
     return ""

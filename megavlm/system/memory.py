@@ -19,6 +19,12 @@ def machine_bytes() -> int:
     return min(limits)
 
 
+def resident_bytes() -> int:
+    """Memory that this process holds now, shared pages included."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_memory(needed_bytes: float, available_bytes: int, what: str, remedy: str) -> None:
     """Refuse what does not fit.
 

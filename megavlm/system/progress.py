@@ -7,6 +7,7 @@ Bars go to standard error; results on standard output can be piped away.
 """
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -51,9 +52,11 @@ class Progress:
         self.what = what
         self.total = total
         self.done = self.first = done
-        self.lines = lines and not _quiet and not sys.stderr.isatty()
+        # of several processes that do the same, the first one tells
+        silent = _quiet or os.environ.get("RANK", "0") != "0"
+        self.lines = lines and not silent and not sys.stderr.isatty()
         self._begin_s = self._told_s = time.monotonic()
-        hidden = _quiet or not sys.stderr.isatty()
+        hidden = silent or not sys.stderr.isatty()
         self._bar = tqdm(
             total=total, initial=done, desc=what, file=sys.stderr, disable=hidden, leave=False, dynamic_ncols=True, delay=SHORTEST_S
         )
@@ -109,3 +112,8 @@ class Console(logging.Handler):
                 print(self.format(record), file=sys.stderr, flush=True)
         except OSError:  # whoever read it is gone
             self.handleError(record)
+
+    def flush(self) -> None:
+        """Take bars off the screen: the process may be about to end."""
+        for bar in [*getattr(tqdm, "_instances", ())]:
+            bar.clear()

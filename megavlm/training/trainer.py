@@ -99,7 +99,7 @@ class Trainer:
         self.loader = Loader(
             parts.make_lane, self.lanes, self.states, data.num_workers, prefetch_packs=data.prefetch_packs, pin_memory=pin_memory
         )
-        self.board = Board(self.folder.tensorboard, self.step + 1, world.is_main)
+        self.board = Board(self.folder.tensorboard, self.step + 1, world.is_main, config.monitor.writers)
         longest_s = max(config.engine.timeout_s, config.engine.step_timeout_s)
         self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job(), timeout_s=longest_s)
         self.training = Training(parts, world, self.engine, self.folder, self.board)

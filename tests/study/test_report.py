@@ -76,6 +76,7 @@ def test_only_seeds_that_are_complete_are_compared(make_study):
 def test_a_study_from_nothing_and_again(make_study, tmp_path, monkeypatch, capsys):
     study = make_study(policies={"dense": {}}, seeds=[0], overrides=make_study().overrides | {"optimizer.num_steps": 2})
     import yaml
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     # a shell inside a job, or a process that has trained: the arms are worlds of their own all the same
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29417"}.items():
@@ -91,6 +92,12 @@ def test_a_study_from_nothing_and_again(make_study, tmp_path, monkeypatch, capsy
     assert "| dense |" in text and "dense-joint-0" in text and (folder / "report.png").stat().st_size > 10_000
     report = json.loads((folder / "report.json").read_text())
     assert report["policies"]["dense"]["flops_share"]["value"] == 1.0
+    (events,) = [EventAccumulator(str(run)).Reload() for run in (folder / "tensorboard").glob("dense-joint-0")]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert {"cost/PFLOPs", "cost/CPU minutes"} < {*events.Tags()["scalars"]}
+    held_out = EventAccumulator(str(folder / "runs" / "dense-joint-0" / "tensorboard" / "evaluation")).Reload()
+    assert [event.step for event in held_out.Scalars("evaluation/losses/understanding")] == [2], "at the step of the checkpoint"
+    assert held_out.Tags()["images"] == ["drawings"]
     # trained and judged once, although the study was given twice
     assert (folder / "runs" / "dense-joint-0" / "study.log").read_text().count("megavlm train") == 1
     make_study(policies={"dense": {}}, seeds=[0], overrides=study.overrides | {"optimizer.num_steps": 1, "optimizer.warmup_steps": 1})

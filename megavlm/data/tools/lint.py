@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from megavlm.data.read import formats
+from megavlm.data.read.index import read_index
 from megavlm.data.read.place import reading_sample
 from megavlm.data.read.sample import Coordinates, Sample
 from megavlm.data.read.shards import is_lines, read_shard
 from megavlm.data.read.urls import WITHOUT_CACHE
 from megavlm.errors import DataError
+from megavlm.system.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,13 @@ def read_samples(urls: list[str], source, report: Report, open_url=WITHOUT_CACHE
         report: Is filled.
         open_url: Opens shards.
     """
+    indexes = [read_index(url) for url in urls]
+    total = sum(index.samples for index in indexes if index) if all(indexes) else None
+    with Progress("read samples", total) as bar:
+        yield from _read(urls, source, report, open_url, bar=bar)
+
+
+def _read(urls: list[str], source, report: Report, open_url, *, bar: Progress) -> Iterator[Sample]:
     keys: set[str] = set()
     for shard, url in enumerate(urls):
         # keys of lines and lists are their places, the same in every file
@@ -65,6 +74,7 @@ def read_samples(urls: list[str], source, report: Report, open_url=WITHOUT_CACHE
         try:
             for index, (key, members) in enumerate(read_shard(url, "", open_url)):
                 report.num_samples += 1
+                bar.advance()
                 if key in keys:
                     what = "the key was there before: samples cannot be told apart by it"
                     report.add(DataError(what, "give every sample a key of its own"), url, key)

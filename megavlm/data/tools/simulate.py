@@ -31,6 +31,7 @@ from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.policies import Dense, LayerPlan, Policy
 from megavlm.routing.tasks import Task
 from megavlm.system.files import write_atomically
+from megavlm.system.progress import progress
 
 PACKERS = ("megavlm", "first_fit", "first_come")
 
@@ -162,6 +163,10 @@ def _fill_in_order(tokens: list[int], max_tokens: int, skip: bool) -> list[int]:
     return chosen
 
 
+def _simulated(job: tuple[Situation, int, int, str]) -> LaneRecord:
+    return simulate_lane(*job)
+
+
 def simulate(situation: Situation, num_lanes: int, num_steps: int = 400, first_step: int = 200, *, num_processes: int = 1) -> dict:
     """Run all packers on all lanes and compare the steps from ``first_step`` on, when leftovers have gathered.
 
@@ -175,7 +180,8 @@ def simulate(situation: Situation, num_lanes: int, num_steps: int = 400, first_s
     with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
         for packer in PACKERS:
             jobs = [(situation, lane, num_steps, packer) for lane in range(num_lanes)]
-            records = pool.starmap(simulate_lane, jobs, chunksize=max(1, num_lanes // (8 * num_processes)))
+            done = pool.imap(_simulated, jobs, chunksize=max(1, num_lanes // (8 * num_processes)))
+            records = list(progress(done, f"simulate {packer}", num_lanes))
             result[packer] = _summary(records, first_step, situation)
     return result
 

@@ -23,8 +23,6 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from megavlm.data.read.index import read_index, write_index
 from megavlm.data.read.place import reading_sample
@@ -34,6 +32,7 @@ from megavlm.data.read.urls import is_local, local_path
 from megavlm.errors import ConfigError, DataError, MegavlmError
 from megavlm.image_tokenizers.protocol import ImageTokenizer
 from megavlm.system.files import read_json, write_atomically
+from megavlm.system.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -79,17 +78,16 @@ def encode_shards(urls: list[str], out: Path, tokenizer: ImageTokenizer, process
         queue.put(devices[number % len(devices)])
     errors, losses = [], Counter()
     with (
-        Progress(console=Console(stderr=True)) as progress,
+        Progress("encode shards", len(names), done=len(names) - len(missing)) as bar,
         ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, queue)) as pool,
     ):
-        task = progress.add_task("shards", total=len(names), completed=len(names) - len(missing))
         for future in as_completed([pool.submit(_encode_in_worker, url, path) for url, path in missing]):
             result = future.result()
             if isinstance(result, MegavlmError):
                 errors.append(result)
             else:
                 losses += result
-            progress.advance(task)
+            bar.advance()
     for loss in ("cut", "squashed"):
         if losses[loss]:
             log.warning("%d of %d images are %s (the tokenizer's fit)", losses[loss], losses["images"], loss)

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from megavlm.data.pack.encode import EncodedSample
 from megavlm.data.read.sample import Coordinates, Sample, Segment
@@ -26,6 +24,7 @@ from megavlm.evaluation.trained import TrainedModel
 from megavlm.system.files import write_atomically
 from megavlm.system.harmless import harmless
 from megavlm.system.pictures import save_grid
+from megavlm.system.progress import progress
 
 NUM_SHOWN = 40
 
@@ -87,9 +86,9 @@ class Judge:
             return images
 
         repeated = [(item, None) for item in items for _ in range(num_per_prompt)]
-        progress = track(repeated, f"{self.kind} {self.bad.file.name}", console=Console(stderr=True))
+        told = progress(repeated, f"{self.kind} {self.bad.file.name}")
         options = {"drawings_per_prompt": num_per_prompt} | model.config.model_dump(include={"temperature", "top_k", "guidance"})
-        result = self._run(progress, respond, score, options)
+        result = self._run(told, respond, score, options)
         picture = self.stem.with_name(f"{self.stem.name}.png")
         with harmless(f"the picture {picture}"):
             save_grid([image for _, image in shown], [caption for caption, _ in shown], picture, columns=8)
@@ -97,7 +96,7 @@ class Judge:
 
     def _with_images(self, items: list[Item], images: Path) -> Iterator[tuple[Item, EncodedSample]]:
         """Items with their prompts for the model; those whose image cannot be used are counted as bad."""
-        for number, item in enumerate(track(items, f"{self.kind} {self.bad.file.name}", console=Console(stderr=True))):
+        for number, item in enumerate(progress(items, f"{self.kind} {self.bad.file.name}")):
             # a stand-in for the model's answer; prompt() removes it
             segments = (Segment(image="image"), Segment(text=item.prompt), Segment(text="?", loss=True))
             try:
