@@ -11,6 +11,7 @@ KEPT = {
     "data build": "shards that are complete stay; remove them, and give the same command again",
     "judge": "the answers so far are in RUN/judged/; the figures are written at the end, so it starts anew",
     "checkpoint prune": f"what was removed is gone, the other checkpoints are intact; {AGAIN}",
+    "board": "the run is as it was",
     "submit": "see `squeue --me` for what was submitted before",
 }
 """The first words of a command → what is kept of it."""

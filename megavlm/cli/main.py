@@ -9,6 +9,7 @@ from pathlib import Path
 import megavlm
 from megavlm.cli.analyze import AnalyzeCommands
 from megavlm.cli.arguments import Positive, asks_for_help, check_arguments
+from megavlm.cli.board import BoardCommands
 from megavlm.cli.completion import completion_script
 from megavlm.cli.data import DataCommands
 from megavlm.cli.help import help_of
@@ -21,7 +22,7 @@ from megavlm.system.progress import Console, be_quiet
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
 
 
-class Commands(RunCommands):
+class Commands(RunCommands, BoardCommands):
     """Train unified vision-language models, spending fewer FLOPs on image tokens.
 
     A run is a recipe: a YAML file, or the name of one that ships with megavlm. Every setting of it can be changed on the

@@ -2,7 +2,8 @@
 
 config.yaml       the resolved recipe          checkpoints/      see `megavlm.engine.checkpoint`
 text.model        its text tokenizer, a SentencePiece file or a folder with tokenizer.json
-samples/          drawings made on the way, PNG
+samples/          drawings, routes and attention on the way, PNG
+scalars.csv       step, tag, value, if `monitor.writers` has csv
 log.txt           what was printed             tensorboard/      tensorboard --logdir
 evaluation.json   written by `megavlm evaluate`, with drawings.png
 judged/           written by `megavlm judge`
