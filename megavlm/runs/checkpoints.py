@@ -21,6 +21,7 @@ from megavlm.runs.manifest import (
     verify,
 )
 from megavlm.runs.retention import CheckpointConfig
+from megavlm.system.progress import columns
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +99,9 @@ def table(run: Path) -> str:
         megabytes = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         metrics = "  ".join(f"{tag} {x:.4g}" for tag, x in manifest["metrics"].items() if tag.startswith("loss/"))
-        lines.append(
-            f"{path.name:<16} {megabytes:7.1f} MB {manifest['world_size']:>6} {manifest['seconds']:7.1f} s {written:<17} {metrics}"
-        )
+        line = f"{path.name:<16} {megabytes:7.1f} MB {manifest['world_size']:>6} {manifest['seconds']:7.1f} s {written:<17}"
+        fits = len(line) + 1 + len(metrics) <= columns()
+        lines += [f"{line} {metrics}"] if fits else [line, f"{'':<16} {metrics}"]
     return "\n".join([*lines, *(f"{path.name} was damaged and set aside" for path in set_aside(run / "checkpoints"))])
 
 

@@ -8,6 +8,7 @@ Bars go to standard error; results on standard output can be piped away.
 
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -101,6 +102,11 @@ def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iter
         for item in items:
             yield item
             bar.advance()
+
+
+def columns() -> int:
+    """Width of tables: that of the terminal, or 140 where there is none."""
+    return shutil.get_terminal_size((140, 24)).columns
 
 
 class Console(logging.Handler):

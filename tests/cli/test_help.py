@@ -122,6 +122,15 @@ def test_lint_needs_no_torch(digits_folder):
     assert done.stdout.splitlines() == ["360 samples, 0 problems", "[]"]
 
 
+def test_tables_fit_80_columns(digits_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    shards = f"{digits_folder}/{{understanding,generation}}-train-{{00..01}}.tar"
+    monkeypatch.setattr(sys, "argv", ["megavlm", "data", "inspect", shards, "--out", str(tmp_path / "sheet.png")])
+    cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 6 and max(map(len, lines[:-1])) <= 80
+
+
 def complete(shell: str, typed: str) -> list[str]:
     """What a real shell offers after what was typed; the last word may be begun."""
     script = completion_script(COMMANDS, shell)

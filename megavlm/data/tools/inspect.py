@@ -15,6 +15,7 @@ from rich.table import Table
 from megavlm.data.read.sample import Sample
 from megavlm.data.tools.describe import thumbnail, write_sheet
 from megavlm.data.tools.lint import Report, read_samples
+from megavlm.system.progress import columns
 
 SHEET_SAMPLES = 40
 
@@ -67,7 +68,7 @@ def inspect(urls: list[str], source, out: Path) -> tuple[str, bool]:
             str(len(report.problems) - num_before),
         )
     text = io.StringIO()
-    Console(file=text, width=140).print(table)
+    Console(file=text, width=columns()).print(table)
     return text.getvalue() + "".join(f"{problem}\n" for problem in report.grouped()), write_sheet(thumbnails, out)
 
 
