@@ -54,6 +54,32 @@ def test_a_terminal_shows_a_bar_with_the_time_left_and_the_log_above_it():
     assert max(len(line) for line in re.split(r"[\r\n]+", shown)) <= 70
 
 
+TRAINING = """
+import logging, time
+from types import SimpleNamespace as Its
+from megavlm.observers.bar import Bar
+from megavlm.system import progress
+progress.SHORTEST_S = 0.0
+console = progress.Console()
+logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console])
+bar = Bar()
+bar.attach(Its(parts=Its(config=Its(optimizer=Its(num_steps=20)))))
+for step in range(10, 15):  # a run that resumed, and is stopped
+    bar.before_step(Its(number=step))
+    time.sleep(0.15)
+    bar.after_step(step + 1)
+logging.info("saved")
+console.flush()
+"""
+
+
+def test_training_counts_from_where_it_resumed_and_leaves_the_screen_clean():
+    shown = on_a_terminal(TRAINING)
+    assert "| 10/20 [" in shown and re.search(r"\| 14/20 \[", shown)
+    last = re.split(r"[\r\n]+", shown.rstrip("\r\n"))[-1]
+    assert "saved" in shown and "train" not in last
+
+
 def test_quiet_shows_nothing_but_results():
     shown = on_a_terminal(WORK.replace("for item", "progress.be_quiet()\nfor item").replace("logging.info", "logging.debug"))
     assert shown.split() == ["result"]
