@@ -98,6 +98,7 @@ class MlflowWriter:
         self._client.set_terminated(self._run)
 
 
+PACKAGES = {"wandb": ("wandb",), "mlflow": ("mlflow", "alembic")}  # mlflow-skinny has no database
 WRITERS: dict[str, type[Writer]] = {"csv": CsvWriter, "wandb": WandbWriter, "mlflow": MlflowWriter}
 
 
@@ -107,7 +108,7 @@ def check_writers(names: Sequence[str]) -> None:
     Raises:
         ConfigError: With how to install them.
     """
-    missing = [name for name in names if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None]
+    missing = [name for name in names if any(importlib.util.find_spec(package) is None for package in PACKAGES.get(name, ()))]
     if missing:
         raise ConfigError(
             f"monitor.writers: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed\n"
