@@ -46,6 +46,8 @@ class World:
 
     def gather(self, value) -> list:
         """Every rank's small Python object, on every rank."""
+        if self.size == 1:
+            return [value]
         values = [None] * self.size
         distributed.all_gather_object(values, value)
         return values
