@@ -14,7 +14,19 @@ from megavlm.errors import ConfigError, MegavlmError
 
 _PACKAGE = Path(__file__).parents[1]
 RECIPES = _PACKAGE / "recipes"
-PROJECT = _PACKAGE.parent if (_PACKAGE.parent / "ds_configs").is_dir() else Path(sys.prefix) / "share" / "megavlm"
+
+
+def _project() -> Path:
+    """The checkout; or `share/megavlm` beside the `lib` or folder that pip installed into, whatever `sys.prefix` says.
+
+    They differ where pip has been given --user or --target, and on systems that install below /usr/local.
+    """
+    above = _PACKAGE.parents
+    places = [above[0], *(folder / "share" / "megavlm" for folder in above)]
+    return next((place for place in places if (place / "ds_configs").is_dir()), Path(sys.prefix) / "share" / "megavlm")
+
+
+PROJECT = _project()
 """Where `ds_configs/` and `slurm/` are: in the checkout, or where the installation put them."""
 
 
