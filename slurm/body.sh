@@ -17,6 +17,10 @@ if ((restarts > MAX_RESTARTS)); then
     echo "restarted $restarts times, giving up"
     exit 1
 fi
+if [ -n "${SLURM_HET_SIZE:-}" ]; then
+    echo "a heterogeneous job has nodes of several kinds; every process of a run needs the same: ask for one kind"
+    exit 2
+fi
 @{setup}
 STARTED=$RUN/slurm/environment-$SLURM_JOB_ID-$restarts.txt
 # who ran what, where (nothing else of the environment: it may hold secrets)
@@ -26,6 +30,11 @@ STARTED=$RUN/slurm/environment-$SLURM_JOB_ID-$restarts.txt
     command -v nvidia-smi >/dev/null && nvidia-smi -L
 } >"$STARTED" 2>&1
 
+# open files: every process has sockets to all others; locked memory: RDMA pins buffers; core files of a killed run fill a disk
+ulimit -n "$(ulimit -Hn)"
+ulimit -l unlimited 2>/dev/null || echo "locked memory stays limited to $(ulimit -l) KiB: InfiniBand may need more (docs/slurm.md)"
+ulimit -c 0
+@{network}
 # a job that was submitted from within another world would inherit its place
 unset RANK WORLD_SIZE LOCAL_RANK
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -39,17 +48,6 @@ export MEGAVLM_EXIT_FILE=$RUN/exit_code
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
 export PYTHONUNBUFFERED=1
 rm -f "$RUN/exit_code"
-
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" @{container}\
-    @{python} -m megavlm train "$RECIPE"@{arguments} &
-srun_pid=$!
-# a SIGTERM interrupts `wait`, not the run
-while kill -0 $srun_pid 2>/dev/null; do wait $srun_pid; done
-wait $srun_pid
-code=$?
-# the run's own status counts first: srun's is that of whichever process it had to kill
-[ -s "$RUN/exit_code" ] && code=$(cat "$RUN/exit_code")
-echo "$(date '+%F %T') the run ended with status $code"
 
 # a sleep that a signal to this shell interrupts
 pause() {
@@ -81,6 +79,70 @@ requeue() {
 }
 
 preempted() { scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }
+
+# each node is looked at before the first step; one that is not well leaves no file
+check_nodes() {
+    local folder=$RUN/slurm/nodes-$SLURM_JOB_ID-$restarts node
+    mkdir -p "$folder"
+    timeout 600 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 @{container}\
+        @{python} -m megavlm.launch.node_check "$folder" --gpus @{gpus_per_node} --now "$(date +%s)"
+    # ended by SLURM, not by what was looked at
+    if [ -n "$terminated" ]; then
+        preempted && requeue
+        exit 1
+    fi
+    bad=()
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        [ -e "$folder/$node" ] || bad+=("$node")
+    done
+    ((${#bad[@]})) || return 0
+    if ((${#bad[@]} == SLURM_JOB_NUM_NODES)); then
+        echo "no node passed the check, so the check or the set-up is wrong; to train without it: --node-check=False"
+        exit 1
+    fi
+    printf '%s\n' "${bad[@]}" >>"$RUN/slurm/bad-nodes.txt"
+    echo "not well: ${bad[*]}; all so far are in $RUN/slurm/bad-nodes.txt"
+    leave_out "$(sort -u "$RUN/slurm/bad-nodes.txt" | paste -sd,)"
+}
+
+# SLURM lets nobody change the nodes of a job that runs: another job, without these nodes, takes over
+leave_out() {
+    local again=(sbatch --parsable --exclude="$1")
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && again+=(--array="$SLURM_ARRAY_TASK_ID")
+    if (($(wc -l <"$RUN/slurm/bad-nodes.txt") > MAX_RESTARTS)); then
+        echo "nodes were left out $MAX_RESTARTS times, giving up"
+    elif next=$("${again[@]}" @{script}); then
+        echo "${next%%;*}" | tee "$RUN/slurm/${next%%;*}.job"
+        echo "job ${next%%;*} takes over"
+        exit 0
+    else
+        echo "no job can be submitted from this node: submit it again with  sbatch --exclude=$1 "@{script}
+    fi
+    exit 1
+}
+@{check}
+
+# what ranks print, each in a file; that of rank 0 is this job's output
+LOGS=$RUN/slurm/ranks-$SLURM_JOB_ID-$restarts
+mkdir -p "$LOGS"
+OWN_LOG='[ "$SLURM_PROCID" = 0 ] || exec >>"$0/rank-$SLURM_PROCID.txt" 2>&1; exec "$@"'
+
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" @{srun_options} @{container}\
+    bash -c "$OWN_LOG" "$LOGS" @{python} -m megavlm train "$RECIPE"@{arguments} &
+srun_pid=$!
+# a SIGTERM interrupts `wait`, not the run
+while kill -0 $srun_pid 2>/dev/null; do wait $srun_pid; done
+wait $srun_pid
+code=$?
+# the run's own status counts first: srun's is that of whichever process it had to kill
+[ -s "$RUN/exit_code" ] && code=$(cat "$RUN/exit_code")
+echo "$(date '+%F %T') the run ended with status $code"
+if ((code)); then
+    # the last words of the other ranks, of at most eight
+    find "$LOGS" -name 'rank-*' -size +0c | sort -V | head -n 8 | while read -r log; do
+        echo "--- $log" && tail -n 15 "$log"
+    done
+fi
 
 case $code in
     0) exit 0 ;;

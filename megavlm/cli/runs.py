@@ -151,6 +151,8 @@ class RunCommands:
         array: str | None = None,
         template: str | None = None,
         sbatch_options: str = "",
+        srun_options: str = "--cpu-bind=cores --distribution=block:block",
+        node_check: bool = True,
         dry_run: bool = False,
         **overrides,
     ):
@@ -170,7 +172,7 @@ class RunCommands:
             account: SLURM account.
             qos: SLURM quality of service.
             cpus_per_task: CPU cores per process.
-            container_image: Image for pyxis (`srun --container-image`).
+            container_image: Image for pyxis (`srun --container-image`), or a .sif file for Apptainer.
             modules: Environment modules to load, separated by commas.
             setup: A line of shell that prepares the environment: "source .venv/bin/activate".
             cache: Node-local folder for copies of remote shards.
@@ -180,6 +182,8 @@ class RunCommands:
             array: YAML file with a list of mappings of overrides; each mapping becomes one run of an array job.
             template: An sbatch template of your own, instead of slurm/train.sbatch or slurm/study.sbatch.
             sbatch_options: Further options, such as "--constraint=h100 --exclusive".
+            srun_options: How processes are bound to cores.
+            node_check: Look at every node before the first step; nodes that are not well are left out.
             dry_run: Write and show the script; submit nothing.
             overrides: Settings of the recipe to change.
         """
@@ -202,5 +206,7 @@ class RunCommands:
             warning_s=warning_s,
             template=template,
             sbatch_options=sbatch_options,
+            srun_options=srun_options,
+            node_check=bool(node_check),
         )
         print(submit(str(recipe), overrides, job, array, dry_run=bool(dry_run)))

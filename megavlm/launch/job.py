@@ -25,6 +25,17 @@ _UNITS_S = {
 TIME_FORMATS = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds"
 
 
+NETWORK = """
+# NCCL: say what is wrong, one file per process; wait longer for a link that comes back; keep the last collectives for a hang's report
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
+export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+mkdir -p "$RUN/hangs"
+export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$RUN/hangs/nccl-rank-}
+"""
+
+
 @dataclass(frozen=True)
 class Job:
     """What to ask SLURM for; see `megavlm submit --help`."""
@@ -47,6 +58,10 @@ class Job:
     """Seconds before the time limit at which SLURM sends SIGUSR1 (up to a minute earlier, it says); 0 for never."""
     node_failure_wait_s: int = 300
     """How long a run whose processes vanished waits for SLURM to notice a lost node."""
+    srun_options: str = "--cpu-bind=cores --distribution=block:block"
+    """How processes are bound: by default each to whole cores, neighbours beside neighbours, as GPUs are numbered."""
+    node_check: bool = True
+    """Look at every node before the first step, and leave those out that are not well."""
 
     @property
     def tasks_per_node(self) -> int:
@@ -108,6 +123,23 @@ class Job:
             lines.append(f"#SBATCH --signal=USR1@{self.warning_s}")
         lines += [f"#SBATCH {option}" for option in self._options()]
         return "\n".join(lines)
+
+    def srun_line(self) -> str:
+        """Options of the srun that trains. Every process sees all GPUs of its node and takes its own: so NCCL can copy between them."""
+        return f"{self.srun_options} --gpu-bind=none" if self.gpus_per_node else self.srun_options
+
+    def container_words(self) -> tuple[str, str]:
+        """What stands before the options and before the interpreter's name: for pyxis (squashfs, registries), or for Apptainer (.sif)."""
+        if not self.container_image:
+            return "", ""
+        image = shlex.quote(self.container_image)
+        if self.container_image.endswith(".sif"):
+            return "", f"apptainer exec {'--nv ' if self.gpus_per_node else ''}{image} "
+        return f"--container-image={image} ", ""
+
+    def network_lines(self) -> str:
+        """What NCCL is told, unless the environment says otherwise; docs/slurm.md has the reasons."""
+        return NETWORK if self.gpus_per_node else ""
 
     def setup_lines(self) -> str:
         """Modules, and what the user wants to be done first."""

@@ -60,6 +60,7 @@ def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None =
         what, template = f"Trains the {len(folders)} runs of {study} in {run}", "study.sbatch"
         values["array"] = f"0-{len(folders) - 1}"
     script = run / "slurm" / template
+    container, inside = job.container_words()
     values |= {
         "what": what,
         "script": _quoted(script),
@@ -72,9 +73,13 @@ def submit(recipe: str, overrides: dict[str, Any], job: Job, study: str | None =
         "max_restarts": job.max_restarts,
         "node_failure_wait_s": job.node_failure_wait_s,
         "setup": job.setup_lines(),
-        "container": f"--container-image={shlex.quote(job.container_image)} " if job.container_image else "",
+        "gpus_per_node": job.gpus_per_node,
+        "srun_options": job.srun_line(),
+        "network": job.network_lines(),
+        "check": "check_nodes" if job.node_check else "",
+        "container": container,
         # an image has its own interpreter
-        "python": "python" if job.container_image else _quoted(Path(sys.executable)),
+        "python": f"{inside}python" if job.container_image else _quoted(Path(sys.executable)),
         "arguments": f' --data.cache_dir="{job.cache}"' if job.cache else "",
     }
     values["body"] = SbatchTemplate((TEMPLATES / "body.sh").read_text()).substitute(values).rstrip()

@@ -138,6 +138,20 @@ def test_the_docs_have_commands():
     assert len(commands_in_the_docs()) >= 4
 
 
+def test_processes_on_gpus_are_bound_and_nccl_is_told(submit, tmp_path):
+    submit("--nodes=2", "--gpus-per-node=2", "--container-image=/images/megavlm.sif")
+    text = "\n".join(lines_of(tmp_path / "run" / "slurm" / "train.sbatch"))
+    assert "--cpu-bind=cores --distribution=block:block --gpu-bind=none" in text
+    assert text.count("apptainer exec --nv /images/megavlm.sif python -m megavlm") == 2 and "--container-image" not in text
+    assert "export NCCL_DEBUG=${NCCL_DEBUG:-WARN}" in text and "--gpus 2" in text and "\ncheck_nodes\n" in text
+
+
+def test_processes_on_cpus_need_none_of_that(submit, tmp_path):
+    submit("--nodes=2", "--gpus-per-node=0", "--node-check=False", "--srun-options=--cpu-bind=none")
+    text = "\n".join(lines_of(tmp_path / "run" / "slurm" / "train.sbatch"))
+    assert " --cpu-bind=none " in text and "--gpu-bind" not in text and "NCCL_DEBUG=" not in text and "\ncheck_nodes\n" not in text
+
+
 def test_without_slurm_a_single_node_is_told_the_torchrun_command(submit):
     assert "torchrun --standalone --nproc-per-node 4 -m megavlm train" in submit("--nodes=1", "--gpus-per-node=4")
 

@@ -107,3 +107,21 @@ def test_a_study_is_an_array_job(make_run, tmp_path):
         checkpoints = run.folder / name / "checkpoints"
         run.until(lambda here=checkpoints: complete_checkpoints(here), f"the checkpoint of {name}")
         assert (run.folder / name / "slurm" / "recipe.yaml").is_file()
+
+
+def test_another_job_takes_over_without_a_node_that_is_not_well(make_run, undisturbed):
+    run = make_run("sick-node")
+    run.submit(2, "--sbatch-options=--hold")
+    # the first node that SLURM gives cannot leave its file
+    sick = run.folder / "slurm" / f"nodes-{run.job}-0" / "node1"
+    sick.parent.mkdir()
+    sick.symlink_to(run.folder / "gone" / "file")
+    run.cluster.ask("scontrol", "release", run.job)
+    run.until_state("COMPLETED")
+    assert "node1 is not well: it cannot write" in run.log() and "takes over" in run.log() and run.newest_step() == 0
+    first = run.job
+    run.job = next(path.stem for path in (run.folder / "slurm").glob("*.job") if path.stem != first)
+    run.until_state("COMPLETED")
+    assert "node1" not in run.nodes() and run.data() == undisturbed.data()
+    # rank 1 has a log of its own
+    assert [path.name for path in (run.folder / "slurm" / f"ranks-{run.job}-0").iterdir()] == ["rank-1.txt"]
