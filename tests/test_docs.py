@@ -1,6 +1,10 @@
 """The documents name only what exists: relative links, and paths of this repository in backticks."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,8 @@ DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w./-])(?:megavlm|tools|tests|docs|slurm)/[\w./-]+")
 """A path as text and code blocks write it; a folder ends with a slash or a name."""
+FETCHED = re.compile(r"""<(?:script|img|iframe|link[^>]*stylesheet)[^>]*?(?:src|href)=["']?([^"'\s>]+)""")
+"""What a browser fetches by itself to show a page."""
 CODE = re.compile(r"```[\s\S]*?```|`[^`\n]+`|^ {4}.*$", re.MULTILINE)
 
 
@@ -47,9 +53,33 @@ def test_links_and_paths_of_a_document_exist(document):
     assert missing_paths(document.read_text()) == []
 
 
-def test_every_document_is_linked_from_the_readme():
-    linked = {(REPOSITORY / file).resolve() for file, _ in links_of((REPOSITORY / "README.md").read_text())}
-    assert [path.name for path in sorted((REPOSITORY / "docs").glob("*.md")) if path.resolve() not in linked] == []
+def test_every_document_has_a_place_in_the_site():
+    nav = (REPOSITORY / ".mkdocs.yml").read_text().split("\nnav:\n")[1]
+    missing = [path.name for path in sorted((REPOSITORY / "docs").glob("*.md")) if f": {path.name}\n" not in nav + "\n"]
+    assert missing == [], "add a line to `nav` in .mkdocs.yml"
+
+
+def test_the_site_has_no_broken_link_needs_no_network_and_searches_from_the_disk(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed (extra `docs`)")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed (extra `docs`)")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ".mkdocs.yml", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 20
+    fetched = {address for page in pages for address in FETCHED.findall(page.read_text())}
+    assert not {address for address in fetched if "//" in address}
+    if browser := shutil.which("chromium") or shutil.which("google-chrome"):
+        look = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'browser'}",
+            "--virtual-time-budget=20000",
+        ]
+        done = subprocess.run([*look, "--dump-dom", f"{(tmp_path / 'index.html').as_uri()}?q=watchdog"], capture_output=True, text=True)
+        assert "matching document" in done.stdout
 
 
 def test_what_is_broken_is_found(tmp_path):
