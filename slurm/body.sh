@@ -30,9 +30,8 @@ STARTED=$RUN/slurm/environment-$SLURM_JOB_ID-$restarts.txt
     command -v nvidia-smi >/dev/null && nvidia-smi -L
 } >"$STARTED" 2>&1
 
-# open files: every process has sockets to all others; locked memory: RDMA pins buffers; core files of a killed run fill a disk
+# open files: every process has sockets to all others; core files of a killed run fill a disk
 ulimit -n "$(ulimit -Hn)"
-ulimit -l unlimited 2>/dev/null || echo "locked memory stays limited to $(ulimit -l) KiB: InfiniBand may need more (docs/slurm.md)"
 ulimit -c 0
 @{network}
 # a job that was submitted from within another world would inherit its place

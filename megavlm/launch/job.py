@@ -26,6 +26,8 @@ TIME_FORMATS = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, day
 
 
 NETWORK = """
+# RDMA pins buffers
+ulimit -l unlimited 2>/dev/null || echo "locked memory stays limited to $(ulimit -l) KiB: InfiniBand may need more"
 # NCCL: say what is wrong, one file per process; wait longer for a link that comes back; keep the last collectives for a hang's report
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
