@@ -128,7 +128,7 @@ def _answer(sample: Sample, text: str) -> str:
     png = io.BytesIO()
     Image.fromarray(np.asarray(next(iter(sample.images.values())), np.uint8)).save(png, "PNG")
     kind = "right" if text == sample.meta["answer"] else "wrong"
-    return f'<div>{_image(png.getvalue(), "code")}<br><span class="{kind}">{escape(text)}</span></div>'
+    return f'<div>{_image(png.getvalue(), "code")}<br><span class="{kind}">{escape(text) or "(nothing)"}</span></div>'
 
 
 def _scores(evaluation: dict[str, Any]) -> tuple[str, ...]:
