@@ -43,6 +43,7 @@ ELSEWHERE = {
     r"torchrun .* --run_dir=runs/a|megavlm train digits --run_dir=runs/b": "tests/distributed",
     r"megavlm data": "tests/data, tests/image_tokenizers, tests/cli",
     r"megavlm judge": "tests/evaluation/sets",
+    r"megavlm board": "tests/cli/test_board.py",
     r"megavlm analyze": "tests/analysis",
     r"megavlm train digits --routing\.modules": "tests/routing/test_user_policy.py",
     r"megavlm (train|evaluate|generate) ": "tests/distributed, tests/cli, tests/evaluation: with other settings",
