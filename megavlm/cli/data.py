@@ -64,21 +64,29 @@ class DataCommands(TokenizerCommands, CompressorCommands):
                 raise ConfigError(f"{url} is not a local file\n  do:    write the index where the shard is, and copy both")
             print(f"{url}: {write_index(Path(local_path(url)), format or None).samples} samples")
 
-    def build(self, source: str, out: str, samples_per_shard: Positive = 1000, image_root: str = ""):
-        """Write shards, with an index beside each, from a folder of images with captions or from a JSONL file.
+    def build(self, source: str, out: str, samples_per_shard: Positive = 1000, image_root: str = "", held_out: float = 0.0):
+        """Write shards, with an index beside each, from a folder of images with captions, a JSONL file, or a table. See docs/own-data.md.
+
+            megavlm data build photos data/captions --held_out=0.1
+            megavlm data build questions.jsonl data/questions --held_out=0.1
+            megavlm data build "datasets/vqa/data/train-*.parquet" data/vqa
 
         Args:
-            source: Folder with a.jpg, a.txt, … (its shards have the format img2dataset); or a JSONL file with "segments" (megavlm) or
-                "conversations" (llava).
+            source: Folder with a.jpg, a.txt, …; or a JSONL file with "question" and "answer", "caption", "conversations" or "segments"; or
+                a Parquet or Arrow file, a pattern of them, or a folder saved by Hugging Face datasets, with columns of these names.
             out: Folder to write to.
             samples_per_shard: Samples in each shard but the last.
-            image_root: Folder that image paths in the JSONL start from; by default the file's own folder.
+            image_root: Folder that image paths start from; by default the file's own folder.
+            held_out: Share of the pictures, 0 to 1, whose samples go to OUT/held-out. A picture held out here is held out in every file.
         """
-        from megavlm.data.tools.write import build_shards
+        from megavlm.data.tools.write import HELD_OUT, build_shards
 
         root = Path(str(image_root)) if image_root else None
-        written = build_shards(Path(str(source)), Path(str(out)), samples_per_shard, root)
-        print(f"{out}: {len(written)} shards with {sum(written.values())} samples")
+        if not 0 <= held_out < 1:
+            raise ConfigError(f"held_out: {held_out} is no share\n  do:    give a number from 0 to below 1: --held_out=0.1")
+        written = build_shards(Path(str(source)), Path(str(out)), samples_per_shard, root, held_out=held_out)
+        held = sum(number for name, number in written.items() if name.startswith(HELD_OUT))
+        print(f"{out}: {len(written)} shards with {sum(written.values())} samples{f', {held} of them held out' * bool(held)}")
 
     def inspect(self, shards, format: str = "", out: str = "contact_sheet.png"):
         """Show the contents of shards: a table, every problem with its place, and a contact sheet.

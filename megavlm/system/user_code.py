@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 def import_user_module(name: str) -> ModuleType:
@@ -21,3 +22,9 @@ def import_user_module(name: str) -> ModuleType:
         loader.exec_module(module)
         sys.modules[key] = module
     return sys.modules[key]
+
+
+def import_attribute(name: str) -> Any:
+    """The function or class that ``module:name`` or ``file.py:name`` names; raises whatever importing it raises."""
+    module, _, attribute = name.rpartition(":")
+    return getattr(import_user_module(module), attribute)

@@ -4,10 +4,11 @@
     img2dataset  jpg|png|webp + txt and/or json with "caption": a pair, which way round is a coin
     llava        {"image": "a.jpg" | [...], "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", …}]}, from a
                  JSON or JSONL file with the images in a folder (`image_root`), or from a tar with the images beside the json
+    qa           {"image": "a.png" | [...], "question": "…", "answer": "…"}, images as in llava; "answers": [...] gives the commonest
     text         {"text": "…"}
     interleaved  {"texts": ["…", null, …], "images": [null, "img0", …]} (as in OBELICS and MMC4), in a tar
 
-A format of your own is a function, named in the recipe as ``module:function``::
+A format of your own is a function, named in the recipe as ``module:function`` or ``file.py:function``::
 
     def my_format(key, members, source, rng):
         return Record(task="text", segments=(Segment(text=members["txt"].decode(), loss=True),)), {}
@@ -16,8 +17,8 @@ It gets the key, ``{extension: bytes}``, the recipe's `SourceConfig` and a funct
 returns a `Record` and the encoded images by member name (``img0.png``). What is wrong with a sample it reports as a `DataError`.
 """
 
-import importlib
 import json
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -39,6 +40,7 @@ from megavlm.data.read.sample import (
 from megavlm.data.read.shards import Members, refuse_unread
 from megavlm.errors import ConfigError, DataError
 from megavlm.randomness import Purpose, stream
+from megavlm.system.user_code import import_attribute
 
 Format = Callable[[str, Members, object, Callable[[], np.random.Generator]], tuple[Record, Members]]
 
@@ -56,20 +58,23 @@ def register_format(name: str) -> Callable[[Format], Format]:
 
 
 def find_format(name: str) -> Format:
-    """The function of a format by its name, or by ``module:function``.
+    """The function of a format by its name, or by ``module:function`` or ``file.py:function``.
 
     Raises:
         ConfigError: If there is none.
     """
     if name in FORMATS:
         return FORMATS[name]
-    module, _, function = name.partition(":")
+    if ":" not in name:
+        what = f"data.sources: there is no format {name[:200]!r}"
+        raise ConfigError(f"{what}\n  do:    use one of {', '.join(FORMATS)}, or module:function, or file.py:function")
     try:
-        if function:
-            return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"data.sources: format {name} cannot be imported: {error}\n  do:    check PYTHONPATH") from error
-    raise ConfigError(f"data.sources: there is no format {name[:200]!r}\n  do:    use one of {', '.join(FORMATS)}, or module:function")
+        return import_attribute(name)
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(
+            f"data.sources: format {name[:200]} cannot be imported: {type(error).__name__}: {error}\n"
+            "  do:    give module:function, or file.py:function"
+        ) from error
 
 
 def parse(key: str, members: Members, source, coordinates: Coordinates, *, seed: int) -> Sample:
@@ -147,6 +152,24 @@ def _llava(key: str, members: Members, source, rng) -> tuple[Record, Members]:
     if num_used != len(images):
         raise DataError(f"the turns name {num_used} images, the sample has {len(images)}", "correct the sample")
     return Record(task="understanding" if images else "text", segments=tuple(segments)), found
+
+
+@register_format("qa")
+def _qa(key: str, members: Members, source, rng) -> tuple[Record, Members]:
+    document = _document(members)
+    names, question = document.get("image") or [], document.get("question")
+    names = names if isinstance(names, list) else [names]
+    answers = document["answers"] if isinstance(document.get("answers"), list) else [document.get("answer")]
+    for name, text in (("question", question), *(("answer", answer) for answer in answers or [None])):
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"the sample has no text in {name!r}", f'write {{"image": …, "question": …, "answer": …}}; {name!r} is text')
+    # of several people's answers that of most
+    answer = Counter(answers).most_common(1)[0][0].strip()
+    images = llava_images(key, names, members, source.image_root)
+    segments = [Segment(image=f"img{i}") for i in range(len(names))]
+    segments += [Segment(text=question.strip()), Segment(text=answer, loss=True)]
+    meta = {name: document[name] for name in ("choices", "split", "kind") if name in document}
+    return Record(task="understanding" if names else "text", segments=tuple(segments), meta={"answer": answer, **meta}), images
 
 
 @register_format("text")

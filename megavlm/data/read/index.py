@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
+from megavlm.data.read.detect import detected, detected_in
 from megavlm.data.read.shards import read_shard
 from megavlm.data.read.urls import is_local, local_path
 from megavlm.errors import ConfigError
@@ -41,20 +42,21 @@ def write_index(path: Path, sample_format: str | None = None) -> ShardIndex:
 
     Args:
         path: Of the shard.
-        sample_format: How its samples are written; what an index that is there says if not given.
+        sample_format: How its samples are written; if not given, what an index that is there says, or what its first sample looks like.
     """
     known = read_index(str(path))
-    index = ShardIndex(
-        bytes=path.stat().st_size,
-        samples=sum(1 for _ in read_shard(str(path))),
-        sample_format=sample_format or (known and known.sample_format),
-    )
+    sample_format = sample_format or (known and known.sample_format)
+    samples = 0
+    for samples, (_, members) in enumerate(read_shard(str(path)), 1):
+        if samples == 1:
+            sample_format = sample_format or detected(members)
+    index = ShardIndex(bytes=path.stat().st_size, samples=samples, sample_format=sample_format)
     write_atomically(path.with_name(path.name + SUFFIX), index.model_dump_json())
     return index
 
 
 def format_of(urls: list[str], given: str | None, name: str = "the shards") -> str:
-    """How the samples of some shards are written: as given, else as their indexes say, else `megavlm`.
+    """How the samples of some shards are written: as given, else as their indexes say, else as the first sample looks, else `megavlm`.
 
     Args:
         urls: The shards.
@@ -79,7 +81,7 @@ def format_of(urls: list[str], given: str | None, name: str = "the shards") -> s
             f"{name}: the indexes say different formats:{places}\n"
             "  do:    give the format, or correct the indexes with `megavlm data index SHARDS --format=FORMAT`"
         )
-    return next(iter(said), DEFAULT_FORMAT)
+    return next(iter(said), None) or detected_in(urls[0]) or DEFAULT_FORMAT
 
 
 def read_index(url: str) -> ShardIndex | None:

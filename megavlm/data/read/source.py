@@ -32,11 +32,11 @@ class SourceConfig(Settings):
     epochs: Positive | None = None
     """The source ends after this many epochs (1 for evaluation). By default it is endless."""
     format: str | None = None
-    """How samples are written: megavlm, img2dataset, llava, text, interleaved, or `module:function` (see `megavlm.data.read.formats`).
-    By default as the shards' indexes say, and megavlm where they do not."""
+    """How samples are written: megavlm, img2dataset, llava, qa, text, interleaved, or `module:function`, or `file.py:function` (see
+    `megavlm.data.read.formats`). By default as the shards' indexes say; where they do not, as the first sample looks."""
     generation_ratio: Share = 0.5
     """img2dataset, interleaved: share of the images that are drawn instead of read."""
     caption_requests: Annotated[list[str], Field(min_length=1)] = ["Describe the image.", "What does the image show?"]
     """img2dataset: the questions that a caption answers; one is drawn per sample."""
     image_root: PathText | None = None
-    """llava: folder of the images that the JSON names. Leave it out where they are in the tar."""
+    """llava, qa: folder of the images that the JSON names. Leave it out where they are in the tar."""

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from megavlm.data.read.sample import IMAGE_TYPES, decode_image
 from megavlm.errors import ConfigError, DataError, MegavlmError
-from megavlm.system.user_code import import_user_module
+from megavlm.system.user_code import import_attribute
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +132,8 @@ def find_function(name: str, option: str) -> Callable:
     Raises:
         ConfigError: If there is no such function.
     """
-    module, _, function = name.rpartition(":")
     try:
-        return getattr(import_user_module(module), function)
+        return import_attribute(name)
     except Exception as error:  # whatever the user's code raises
         raise ConfigError(
             f"{option}: {name} cannot be imported: {type(error).__name__}: {error}\n  do:    give module:function, or file.py:function"

@@ -149,3 +149,38 @@ def test_documents_are_split_before_images_and_pieces_resume(make_factory, over_
 def test_over_long_samples_are_errors_by_default(make_factory, over_long):
     with pytest.raises(DataError, match="a pack at most 50"):
         list(make_factory(over_long, num_lanes=1, pack_tokens=50)(0))
+
+
+# --- questions with answers
+
+
+def test_questions_with_answers():
+    sample = parse({"json": {"image": "x/a.png", "question": " Which? ", "answer": "Red. "}, "img0.png": png()}, format="qa")
+    assert [(s.image, s.text, s.loss) for s in sample.segments] == [("img0", None, False), (None, "Which?", False), (None, "Red.", True)]
+    assert sample.task == "understanding" and sample.meta == {"answer": "Red."}
+    several = {"question": "How many?", "answers": ["2", "two", "two"], "choices": ["two", "three"]}
+    sample = parse({"json": several}, format="qa")
+    assert sample.task == "text" and sample.segments[-1].text == "two" and sample.meta["choices"] == ["two", "three"]
+
+
+@pytest.mark.parametrize("wrong", [{"answer": "a"}, {"question": "a"}, {"question": "a", "answer": 3}, {"question": "", "answer": "a"}])
+def test_questions_that_are_none(wrong):
+    with pytest.raises(DataError, match="the sample has no text in '(question|answer)'"):
+        parse({"json": wrong}, format="qa")
+
+
+def test_questions_from_lines_with_a_folder_of_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(5))
+    sample = parse({"json": {"image": "a.png", "question": "Which?", "answer": "Grey"}}, format="qa", image_root=str(tmp_path))
+    assert sample.images["img0"][0, 0, 0] == 5
+
+
+def test_a_format_in_a_file_of_ones_own(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from megavlm.data.read.sample import Record, Segment\n"
+        "def words(key, members, source, rng):\n"
+        '    return Record(task="text", segments=(Segment(text=members["words"].decode(), loss=True),)), {}\n'
+    )
+    assert parse({"words": b"mine"}, format=f"{tmp_path}/mine.py:words").segments[0].text == "mine"
+    with pytest.raises(ConfigError, match=r"gone.py:words cannot be imported: FileNotFoundError"):
+        parse({"words": b"mine"}, format=f"{tmp_path}/gone.py:words")

@@ -7,9 +7,9 @@ import pytest
 
 from megavlm.data.read.index import SUFFIX, format_of, read_index, write_index
 from megavlm.data.read.source import SourceConfig
-from megavlm.data.tools.lint import lint
+from megavlm.data.tools.lint import Report, lint, read_samples
 from megavlm.data.tools.write import build_shards
-from megavlm.errors import ConfigError, DataError
+from megavlm.errors import ConfigError, DataError, MegavlmError
 from tests.data.read.test_formats import png
 
 
@@ -48,7 +48,11 @@ def test_a_folder_of_pairs(folder, tmp_path):
     assert not lint(urls, SourceConfig(shards="none", format=format_of(urls, None))).problems
 
 
-@pytest.mark.parametrize(("record", "sample_format"), [(ours, "megavlm"), (llava, "llava")])
+def qa(*images):
+    return {"image": list(images), "question": "Which?", "answer": "Red."}
+
+
+@pytest.mark.parametrize(("record", "sample_format"), [(ours, "megavlm"), (llava, "llava"), (qa, "qa")])
 def test_a_file_of_records(folder, tmp_path, record, sample_format):
     write_lines(folder / "a.jsonl", record("a.png", "deep/b.png"), "", record("a.png"))
     urls = built(folder / "a.jsonl", tmp_path)
@@ -136,6 +140,50 @@ def test_formats_are_not_mixed(folder, tmp_path):
         built(folder / "a.jsonl", tmp_path)
 
 
+def test_captions_in_lines(folder, tmp_path):
+    write_lines(folder / "a.jsonl", {"image": "a.png", "caption": "one"}, {"image": "deep/b.png", "caption": "two", "url": "x"})
+    urls = built(folder / "a.jsonl", tmp_path)
+    assert {read_index(url).sample_format for url in urls} == {"img2dataset"}
+    assert not lint(urls, SourceConfig(shards="none", format=format_of(urls, None))).problems
+
+
+def test_what_is_wrong_with_many_lines_is_said_once(folder, tmp_path):
+    write_lines(folder / "a.jsonl", qa("a.png"), *({"image": "a.png", "title": f"no {i}"} for i in range(298)))
+    with pytest.raises(DataError, match="298 x the names") as caught:
+        built(folder / "a.jsonl", tmp_path)
+    assert "first: shard" in str(caught.value) and "line 2" in str(caught.value) and str(caught.value).count("title") == 1
+
+
+# --- what is held out
+
+
+def test_a_picture_is_held_out_everywhere(tmp_path):
+    """Of captions and questions about the same pictures the same pictures are kept apart, and nothing is lost."""
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        (tmp_path / "photos" / f"{i:02d}.png").write_bytes(png(i))
+        (tmp_path / "photos" / f"{i:02d}.txt").write_text(f"number {i}")
+    write_lines(tmp_path / "a.jsonl", *(qa(f"photos/{i:02d}.png") for i in range(40) for _ in range(2)))
+    parts = {}
+    for source in ("photos", "a.jsonl"):
+        written = build_shards(tmp_path / source, tmp_path / f"{source}-out", 1000, held_out=0.25)
+        assert set(written) == {"000000.tar", "held-out/000000.tar"} and sum(written.values()) == (40 if source == "photos" else 80)
+        for name in written:
+            samples = read_samples([str(tmp_path / f"{source}-out" / name)], SourceConfig(shards="none", format=FORMAT[source]), Report())
+            parts[source, name] = {int(image[0, 0, 0]) for sample in samples for image in sample.images.values()}
+    assert parts["photos", "held-out/000000.tar"] == parts["a.jsonl", "held-out/000000.tar"]
+    assert 4 <= len(parts["photos", "held-out/000000.tar"]) <= 16
+    assert parts["photos", "000000.tar"] | parts["photos", "held-out/000000.tar"] == set(range(40))
+
+
+FORMAT = {"photos": "img2dataset", "a.jsonl": "qa"}
+
+
+def test_no_part_is_empty(folder, tmp_path):
+    with pytest.raises(MegavlmError, match="of 2 samples would be held out"):
+        built(folder, tmp_path, held_out=1e-9)
+
+
 # --- the format in the index
 
 
@@ -157,7 +205,7 @@ def test_indexes_without_a_format_are_read(folder, tmp_path):
     index = json.loads((tmp_path / "out" / f"000000.tar{SUFFIX}").read_text())
     del index["sample_format"]
     (tmp_path / "out" / f"000000.tar{SUFFIX}").write_text(json.dumps(index))
-    assert read_index(first).samples == 1 and format_of([first], None) == "megavlm"
+    assert read_index(first).samples == 1 and format_of([first], None) == "img2dataset", "as its first sample looks"
     assert format_of([first, second], None) == "img2dataset"
 
 
