@@ -124,7 +124,9 @@ def test_no_number_is_a_boolean_and_every_number_is_bounded():
             for part in get_args(annotation):
                 yield from numbers(part, name)
 
-    found = [number for root in (RunConfig, *POLICIES.values()) for number in numbers(root, root.__name__)]
+    # another test may have registered a user's
+    shipped = [policy for policy in POLICIES.values() if policy.__module__.startswith("megavlm.")]
+    found = [number for root in (RunConfig, *shipped) for number in numbers(root, root.__name__)]
     assert len(found) > 60
     for name, metadata in found:
         kinds = [bound for item in metadata for bound in ([item] if not hasattr(item, "metadata") else item.metadata)]

@@ -68,16 +68,15 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         """Write shards, with an index beside each, from a folder of images with captions, a JSONL file, or a table. See docs/own-data.md.
 
             megavlm data build photos data/captions --held_out=0.1
-            megavlm data build questions.jsonl data/questions --held_out=0.1
-            megavlm data build "datasets/vqa/data/train-*.parquet" data/vqa
+            megavlm data build "vqa/train-*.parquet" data/vqa
 
         Args:
-            source: Folder with a.jpg, a.txt, …; or a JSONL file with "question" and "answer", "caption", "conversations" or "segments"; or
-                a Parquet or Arrow file, a pattern of them, or a folder saved by Hugging Face datasets, with columns of these names.
+            source: Folder with a.jpg, a.txt, …; or a file of lines with "question" and "answer", "caption", "conversations" or "segments";
+                or a Parquet or Arrow file, a pattern of them, or a folder of Hugging Face datasets.
             out: Folder to write to.
             samples_per_shard: Samples in each shard but the last.
             image_root: Folder that image paths start from; by default the file's own folder.
-            held_out: Share of the pictures, 0 to 1, whose samples go to OUT/held-out. A picture held out here is held out in every file.
+            held_out: Share of the pictures, 0 to 1, whose samples go to OUT/held-out; the same pictures in every file.
         """
         from megavlm.data.tools.write import HELD_OUT, build_shards
 
@@ -88,32 +87,37 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         held = sum(number for name, number in written.items() if name.startswith(HELD_OUT))
         print(f"{out}: {len(written)} shards with {sum(written.values())} samples{f', {held} of them held out' * bool(held)}")
 
-    def inspect(self, shards, format: str = "", out: str = "contact_sheet.png"):
+    def inspect(self, shards, format: str = "", out: str = "contact_sheet.png", image_root: str = "", recipe: str = "", **overrides):
         """Show the contents of shards: a table, every problem with its place, and a contact sheet.
 
         Args:
             shards: Path or URL, braces expand: "data/digits/generation-train-{00..07}.tar".
             format: How samples are written; as the indexes say if not given.
             out: Where the contact sheet goes (PNG).
+            image_root: Folder of the images that llava and qa name, if not in the shards.
+            recipe: Also count the images that its image tokenizer cuts or squashes.
+            overrides: Settings of the recipe to change.
         """
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.tools.inspect import inspect
 
         urls = expand_shards("shards", as_shards(shards))
-        text, has_images = inspect(urls, source_of(urls, format), Path(str(out)))
+        losses = _fit_losses(recipe, overrides)
+        text, has_images = inspect(urls, source_of(urls, format, image_root), Path(str(out)), losses.add if losses else None)
+        print("".join(f"{line}\n" for line in losses.lines()) if losses else "", end="")
         print(f"{text}{f'contact sheet: {out}' if has_images else 'no images, no contact sheet'}")
 
-    def lint(self, shards, format: str = "", recipe: str = "", each: bool = False, **overrides):
+    def lint(self, shards, format: str = "", recipe: str = "", each: bool = False, image_root: str = "", **overrides):
         """Find the problems in shards. The exit status is 1 if there are any.
 
         Problems of one kind are one entry, with their number and the shard and key of the first.
 
         Args:
             shards: Path or URL, braces expand.
-            format: How samples are written: megavlm, img2dataset, llava, text, interleaved, or module:function; as the indexes say if
-                not given.
-            recipe: Also check that samples fit the vocabulary and packs of this recipe.
+            format: How samples are written; as the indexes say if not given.
+            recipe: Also check that samples fit its vocabulary and packs; count cut images.
             each: Print every problem with its place.
+            image_root: Folder of the images that llava and qa name, if not in the shards.
             overrides: Settings of the recipe to change.
         """
         import sys
@@ -122,6 +126,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         from megavlm.data.tools.lint import lint
 
         check = lambda sample: None  # noqa: E731
+        losses = _fit_losses(recipe, overrides)
         if recipe:
             from megavlm.config import load_config
             from megavlm.data.pack.overlong import encode_within
@@ -129,9 +134,15 @@ class DataCommands(TokenizerCommands, CompressorCommands):
 
             config = load_config(recipe, overrides)
             encoder = Parts(config).encoder
-            check = lambda sample: encode_within(sample, encoder, config.data.sample_tokens, config.data.over_long)  # noqa: E731
+
+            def check(sample):
+                if losses:
+                    losses.add(sample)
+                encode_within(sample, encoder, config.data.sample_tokens, config.data.over_long)
+
         urls = expand_shards("shards", as_shards(shards))
-        report = lint(urls, source_of(urls, format), check)
+        report = lint(urls, source_of(urls, format, image_root), check)
+        print("".join(f"{line}\n" for line in losses.lines()) if losses else "", end="")
         for problem in report.problems if each else report.grouped():
             print(problem)
         print(f"{report.num_samples} samples, {len(report.problems)} problems")
@@ -220,3 +231,14 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         result = simulate(situation, lanes, steps, first_step, num_processes=processes or len(os.sched_getaffinity(0)))
         title = f"{lanes} lanes, steps {first_step} to {steps}, {recipe or 'the standard mixture'}"
         print(json.dumps(report(result, Path(str(out)), title), indent=1))
+
+
+def _fit_losses(recipe: str, overrides: dict):
+    """Counts what the image tokenizer of a recipe does to images of other proportions; None without a recipe."""
+    if not recipe:
+        return None
+    from megavlm.config import load_config
+    from megavlm.data.tools.fit_losses import Losses
+    from megavlm.image_tokenizers.build import build_image_tokenizer
+
+    return Losses(build_image_tokenizer(load_config(recipe, overrides).vocabulary.image_tokenizer))

@@ -15,6 +15,7 @@ from megavlm.cli.data import DataCommands
 from megavlm.cli.help import help_of
 from megavlm.cli.interrupted import what_is_kept
 from megavlm.cli.judge import JudgeCommands
+from megavlm.cli.recipes import InitCommand, RecipeCommands
 from megavlm.cli.runs import CheckpointCommands, RunCommands
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.system.progress import Console, be_quiet
@@ -22,7 +23,7 @@ from megavlm.system.progress import Console, be_quiet
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
 
 
-class Commands(RunCommands, BoardCommands):
+class Commands(RunCommands, BoardCommands, InitCommand):
     """Train unified vision-language models, spending fewer FLOPs on image tokens.
 
     A run is a recipe: a YAML file, or the name of one that ships with megavlm. Every setting of it can be changed on the
@@ -31,6 +32,7 @@ class Commands(RunCommands, BoardCommands):
 
     def __init__(self):
         self.data = DataCommands()
+        self.recipe = RecipeCommands()
         self.judge = JudgeCommands()
         self.checkpoint = CheckpointCommands()
         self.analyze = AnalyzeCommands()
@@ -53,6 +55,8 @@ class Commands(RunCommands, BoardCommands):
     def evaluate(self, run: str, **overrides):
         """Judge a checkpoint, by default a run's newest one, on held-out data; writes RUN/evaluation.json and RUN/drawings.png.
 
+        With a benchmark its questions and judge. Without one losses, exact match (RUN/answers.jsonl) and drawings of held-out samples.
+
         Args:
             run: The run folder, or one checkpoint in it: RUN/checkpoints/step-00000500
             overrides: Settings to change: --evaluation.guidance=3 --evaluation.num_drawings=1000
@@ -62,8 +66,8 @@ class Commands(RunCommands, BoardCommands):
         from megavlm.evaluation.evaluate import evaluate
         from megavlm.parts.trained import load_trained
 
-        model, _ = load_trained(str(run), overrides)
-        print(json.dumps(evaluate(model), indent=2))
+        model, parts = load_trained(str(run), overrides)
+        print(json.dumps(evaluate(model, parts.config.validation), indent=2))
 
     def generate(self, run: str, prompt: str, out: str = "grid.png", num: Positive = 10, **overrides):
         """Draw images for a prompt with a checkpoint, by default a run's newest one.

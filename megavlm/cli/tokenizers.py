@@ -19,10 +19,11 @@ class TokenizerCommands:
         """Train a SentencePiece model on texts.
 
         Args:
-            shards: Path or URL of shards, braces expand; or text files (.txt), one text per line.
+            shards: Path or URL of shards, or text files (.txt) with one text per line, each of its own format; braces expand:
+                "data/{captions/000000.tar,questions/000000.tar,words.txt}".
             out: The .model file to write.
             vocab_size: Most pieces of the model.
-            format: How samples are written; as the indexes say if not given.
+            format: How samples of the shards are written; of each as its index says if not given.
         """
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.tools.lint import Report, read_samples
@@ -30,16 +31,19 @@ class TokenizerCommands:
 
         urls = expand_shards("shards", as_shards(shards))
         files = [Path(url) for url in urls if url.endswith(".txt")]
-        if files and len(files) < len(urls):
-            raise ConfigError("shards and text files cannot be mixed\n  do:    give one or the other")
+        sources = {url: source_of([url], format) for url in urls if not url.endswith(".txt")}
         report = Report()
-        if files:
-            texts = _lines(files)
-        else:
-            samples = read_samples(urls, source_of(urls, format), report)
-            texts = (segment.text for sample in samples for segment in sample.segments if segment.text is not None)
-        counts = train_text_model(texts, Path(str(out)), vocab_size)
-        where = f"{len(files)} files" if files else f"{report.num_samples} samples, {len(report.problems)} of them left out as broken"
+
+        def texts() -> Iterator[str]:
+            yield from _lines(files)
+            for url, source in sources.items():
+                for sample in read_samples([url], source, report):
+                    yield from (segment.text for segment in sample.segments if segment.text is not None)
+
+        counts = train_text_model(texts(), Path(str(out)), vocab_size)
+        read = [f"{len(files)} files"] if files else []
+        read += [f"{report.num_samples} samples, {len(report.problems)} of them left out as broken"] if sources else []
+        where = " and ".join(read)
         print(f"{out}: trained on {counts.texts} texts of {where}; {counts.empty} empty texts left out, {counts.divided} long ones divided")
 
     def image_tokenizer(
@@ -139,7 +143,7 @@ def as_shards(value) -> str | list[str]:
     return [str(url) for url in value] if isinstance(value, (list, tuple)) else str(value)
 
 
-def source_of(urls: list[str], format: str):
+def source_of(urls: list[str], format: str, image_root: str = ""):
     """A `SourceConfig` of the format that is given, or, without one, of that which the shards' indexes name.
 
     Raises:
@@ -151,7 +155,7 @@ def source_of(urls: list[str], format: str):
 
     name = format_of(urls, format or None)
     find_format(name)
-    return SourceConfig(shards="none", format=name)
+    return SourceConfig(shards="none", format=name, image_root=image_root or None)
 
 
 def _devices() -> list[str]:

@@ -56,12 +56,27 @@ def _best(config: RunConfig) -> Iterator[tuple[str, str]]:
     if rule.best_metric is None:
         yield (
             "checkpoint.best_metric",
-            "keep_best needs the tag that it ranks by; name one that is reported, such as optimizer/gradient_norm or loss/generation"
-            " (loss/... is the loss of training, not of held-out data)",
+            "keep_best needs the tag that it ranks by; name one that is reported, such as validation/loss (needs validation.sources) or"
+            " loss/generation (the loss of training)",
         )
+        return
+    held_out = _validation_tags(config)
+    if rule.best_metric in held_out:
+        if rule.every_steps % config.validation.every_steps:
+            yield (
+                "checkpoint.best_metric",
+                f"a checkpoint keeps {rule.best_metric} only if it was measured at its step; make checkpoint.every_steps"
+                f" ({rule.every_steps}) a multiple of validation.every_steps ({config.validation.every_steps})",
+            )
     elif not is_tag(rule.best_metric, sources):
-        nearest = difflib.get_close_matches(rule.best_metric, known_tags(sources), n=1, cutoff=0)[0]
+        nearest = difflib.get_close_matches(rule.best_metric, [*held_out, *known_tags(sources)], n=1, cutoff=0)[0]
         yield "checkpoint.best_metric", f"this run reports no {shown(rule.best_metric)}. Did you mean {nearest}?"
+
+
+def _validation_tags(config: RunConfig) -> list[str]:
+    sources = list(config.validation.sources)
+    by_source = [f"validation_by_source/{source}/{task}" for source in sources for task in TASKS if len(sources) > 1]
+    return ["validation/loss", *(f"validation/{task}" for task in TASKS), *by_source] if sources else []
 
 
 def _data(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -62,8 +62,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {_in_short(error)}\n  do:    correct the file at the place named") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}\n  do:    check the path and its permissions") from error
+    if tree is None:
+        return {}  # what is missing is named, each with an example
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no settings\n  do:    start from a file in {RECIPES}")
+        raise ConfigError(f"{path} holds no settings\n  do:    write one with `megavlm init`, or start from a file in {RECIPES}")
     return tree
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from megavlm.config.document import LONGEST_SHOWN, shown, shown_text
 from megavlm.config.run import RunConfig
+from megavlm.config.words import EXAMPLES, SOUGHT
 from megavlm.routing.policies import POLICIES, Policy
 from megavlm.settings import Settings
 
@@ -45,9 +46,11 @@ def _describe(mistake: Mapping[str, Any], tree: Any, root: type[Settings]) -> tu
         tree = tree[part] if is_there else None
     path, value = ".".join(parts), mistake["input"]
     if mistake["type"] == "extra_forbidden":
-        return path, f"{path}: there is no such setting (value {shown(value)}). Did you mean {nearest_path(path, root)}?"
+        instead = SOUGHT.get(parts[-1]) or f"Did you mean {nearest_path(path, root)}?"
+        return path, f"{path}: there is no such setting (value {shown(value)}). {instead[0].upper()}{instead[1:]}"
     if mistake["type"] == "missing":
-        return path, f"{path}: is missing and has no default"
+        example = f", for example {EXAMPLES[path]}" if root is RunConfig and path in EXAMPLES else ""
+        return path, f"{path}: is missing and has no default{example}"
     if mistake["type"] == "union_tag_invalid":
         tags = mistake["ctx"]["expected_tags"].replace("'", "").split(", ")
         near = difflib.get_close_matches(str(mistake["ctx"]["tag"]), tags, n=1, cutoff=0)[0]

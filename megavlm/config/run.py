@@ -4,6 +4,7 @@ from megavlm.data.pack.config import DataConfig
 from megavlm.engine.guard import FaultConfig
 from megavlm.engine.schedule import OptimizerConfig
 from megavlm.engine.zero import EngineConfig
+from megavlm.evaluation.held_out import ValidationConfig
 from megavlm.evaluation.trained import EvaluationConfig
 from megavlm.model.architecture import ModelConfig
 from megavlm.model.loss import LossConfig
@@ -34,4 +35,5 @@ class RunConfig(Settings):
     faults: FaultConfig = FaultConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

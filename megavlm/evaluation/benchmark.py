@@ -1,9 +1,9 @@
-"""Benchmarks: their questions, requests and judges. A benchmark of your own is a class that the recipe names as ``module:Class``.
+"""Benchmarks: their questions, requests and judges. A benchmark of your own is a class that the recipe names as ``module:Class`` or
+``file.py:Class``.
 
 Tested by `tests/cli/test_main.py`.
 """
 
-import importlib
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from megavlm.data.read.sample import Sample
 from megavlm.errors import ConfigError
 from megavlm.image_tokenizers.protocol import ImageTokenizer
+from megavlm.system.user_code import import_attribute
 
 BENCHMARKS = {
     "digits": "megavlm.benchmarks.digits:DigitsBenchmark",
@@ -34,15 +35,15 @@ class Benchmark(Protocol):
 
 
 def find_benchmark(name: str) -> type[Benchmark]:
-    """The class of a benchmark by its name, or by ``module:Class``.
+    """The class of a benchmark by its name, or by ``module:Class`` or ``file.py:Class``.
 
     Raises:
         ConfigError: If there is no such benchmark.
     """
-    module, _, attribute = BENCHMARKS.get(name, name).partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        return import_attribute(BENCHMARKS.get(name, name))
+    except Exception as error:  # whatever the user's code raises
         raise ConfigError(
-            f"evaluation.benchmark: there is no {name!r} ({error})\n  do:    use one of {', '.join(BENCHMARKS)}, or module:Class"
+            f"evaluation.benchmark: there is no {name!r} ({type(error).__name__}: {error})\n"
+            f"  do:    use one of {', '.join(BENCHMARKS)}, or module:Class, or file.py:Class"
         ) from error

@@ -6,16 +6,20 @@ Tested by `tests/evaluation/test_evaluate_shapes.py`.
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megavlm.data.read.place import reading_sample
-from megavlm.data.read.sample import Coordinates, Sample, parse_sample
-from megavlm.data.read.shards import expand_shards, read_shard
+from megavlm.data.pack.sources import Source
+from megavlm.data.read.index import format_of
+from megavlm.data.read.sample import Sample
+from megavlm.data.read.shards import expand_shards
+from megavlm.data.read.source import SourceConfig
 from megavlm.data.tools.tokenize import check_codes
 from megavlm.errors import ConfigError
 from megavlm.evaluation.benchmark import find_benchmark
+from megavlm.evaluation.held_out import ValidationConfig, judge_held_out, read_held_out
 from megavlm.evaluation.trained import TrainedModel
 from megavlm.evaluation.understanding import scored_right, task_losses, written_right
 from megavlm.monitor.board import Board
@@ -27,50 +31,73 @@ from megavlm.system.pictures import save_grid
 log = logging.getLogger(__name__)
 
 
-def evaluate(model: TrainedModel) -> dict[str, Any]:
-    """Judge a trained run; writes ``evaluation.json`` and ``drawings.png`` into the run folder."""
+def evaluate(model: TrainedModel, validation: ValidationConfig) -> dict[str, Any]:
+    """Judge a trained run; writes ``evaluation.json`` and ``drawings.png`` into the run folder.
+
+    With a benchmark by its questions and judge. Without one by `judge_held_out`, on ``evaluation.shards`` or else on the samples that the
+    run was validated with.
+
+    Args:
+        model: The run.
+        validation: Its held-out samples.
+    """
     config = model.config
-    if config.benchmark is None or config.shards is None:
+    given = {"evaluation": SourceConfig(shards=config.shards)} if config.shards is not None else validation.sources
+    if not given or (config.benchmark is not None and config.shards is None):
         raise ConfigError(
-            "evaluation.benchmark and evaluation.shards are not set, so there is nothing to judge with\n"
-            "  do:    add --evaluation.benchmark=digits --evaluation.shards=data/digits/understanding-test-00.tar"
+            "evaluation.shards is not set, and there are no validation.sources, so there is nothing to judge with\n"
+            "  do:    name held-out shards: --evaluation.shards=data/mine/held-out/000000.tar; with a benchmark also"
+            " --evaluation.benchmark=digits"
         )
-    urls = expand_shards("evaluation", config.shards)
-    check_codes(urls, model.image_tokenizer)
-    samples = []
-    for shard, url in enumerate(urls):
-        for index, (key, members) in enumerate(read_shard(url)):
-            with reading_sample("", url, key):
-                samples.append(parse_sample(key, members, Coordinates(0, 0, shard, index)))
-    benchmark = find_benchmark(config.benchmark)(samples, config.num_drawings, model.image_tokenizer)
-    where = {"device": model.device, "batch_tokens": config.batch_tokens}
-    losses = task_losses(model.backbone, samples, model.encoder, model.costing, **where)
-    understanding = judge_answers(model, benchmark.questions)
-    log.info("drawing %d images", len(benchmark.requests))
-    drawn = model.image_tokenizer.decode(model.draw(benchmark.requests))
-    result = {
-        "checkpoint": model.checkpoint.name,
-        "route": config.route,
-        "losses": losses,
-        "understanding": understanding,
-        "generation": {
-            "drawings": len(benchmark.requests),
-            **benchmark.judge(drawn),
-            "temperature": config.temperature,
-            "top_k": config.top_k,
-            "guidance": config.guidance,
-        },
-    }
+    samples = [sample for name, source in given.items() for sample in _samples(name, source, model, validation.max_samples)]
+    result: dict[str, Any] = {"checkpoint": model.checkpoint.name, "route": config.route}
+    benchmark = None
+    if config.benchmark is None:
+        judged, requests = judge_held_out(model, samples)
+        result |= judged
+    else:
+        benchmark = find_benchmark(config.benchmark)(samples, config.num_drawings, model.image_tokenizer)
+        requests = benchmark.requests
+        result["losses"] = task_losses(
+            model.backbone, samples, model.encoder, model.costing, device=model.device, batch_tokens=config.batch_tokens
+        )
+        result["understanding"] = judge_answers(model, benchmark.questions)
+    if requests and model.image_tokenizer.has_decoder:
+        log.info("drawing %d images", len(requests))
+        drawn = model.image_tokenizer.decode(model.draw(requests))
+        settings = {"temperature": config.temperature, "top_k": config.top_k, "guidance": config.guidance}
+        result["generation"] = {"drawings": len(requests), **(benchmark.judge(drawn) if benchmark else {}), **settings}
+        _show(drawn, requests, model)
     write_atomically(model.folder.evaluation, json.dumps(result, indent=2))
     board = Board(model.folder.tensorboard / "evaluation", None, writes=True)
     board.scalars(dict(numbers_in(result, "evaluation")), step_of(model.checkpoint))
-    shown = min(50, len(benchmark.requests))
-    picture = model.folder.path / "drawings.png"
-    with harmless(f"the picture {picture}"):
-        save_grid(drawn[:shown], benchmark.requests[:shown], picture, title=f"drawn by {model.folder.path}, {model.checkpoint.name}")
-    board.picture("drawings", picture, step_of(model.checkpoint))
+    if "generation" in result:
+        board.picture("drawings", _picture_of(model), step_of(model.checkpoint))
     board.close()
     return result
+
+
+def _samples(name: str, source: SourceConfig, model: TrainedModel, max_samples: int) -> list[Sample]:
+    """All samples of ``evaluation.shards``, or the first of a held-out source; each shard may be of another format."""
+    urls, found = expand_shards(name, source.shards), []
+    check_codes(urls, model.image_tokenizer)
+    for url in urls:
+        most = None if model.config.shards is not None else max_samples - len(found)
+        if most != 0:
+            of_url = Source(name, (url,), source.model_copy(update={"format": format_of([url], source.format)}))
+            found += read_held_out(of_url, most)
+    return found
+
+
+def _show(drawn: np.ndarray, requests: list[str], model: TrainedModel) -> None:
+    shown = min(50, len(requests))
+    picture = _picture_of(model)
+    with harmless(f"the picture {picture}"):
+        save_grid(drawn[:shown], requests[:shown], picture, title=f"drawn by {model.folder.path}, {model.checkpoint.name}")
+
+
+def _picture_of(model: TrainedModel) -> Path:
+    return model.folder.path / "drawings.png"
 
 
 def numbers_in(tree: dict[str, Any], path: str) -> Iterator[tuple[str, float]]:

@@ -28,9 +28,10 @@ class EvaluationConfig(Settings):
     """How `megavlm evaluate` samples and what it judges with."""
 
     benchmark: PathText | None = None
-    """The questions, the requests and their judge: digits, shapes, or `module:Class` (see `megavlm.evaluation.benchmark`)."""
+    """The questions, the requests and their judge: digits, shapes, `module:Class` or `file.py:Class` (see `megavlm.evaluation.benchmark`).
+    Without one held-out samples are judged by their losses, by exact match with their answers, and by a look at drawings."""
     shards: ShardPatterns | None = None
-    """The held-out samples of the benchmark."""
+    """The held-out samples to judge with; without a benchmark, those of `validation` by default."""
     num_drawings: Annotated[Positive, Field(le=10**6)] = 200
     """Images to draw, evenly over the benchmark's prompts."""
     temperature: Annotated[Number, Field(ge=1e-4, le=1e4)] = 1.0

@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 import time
 import traceback
 from contextlib import suppress
 from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +21,7 @@ from megavlm.config import RunConfig, load_config, run_dir_of
 from megavlm.engine import signals
 from megavlm.errors import LostProcess, MegavlmError
 from megavlm.runs.exits import Exit, LastWord, NotSaved, RunEnded
-from megavlm.system.files import DamagedFile, read_json, write_atomically
+from megavlm.system.files import PROJECT, DamagedFile, read_json, write_atomically
 from megavlm.system.harmless import harmless
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
     from megavlm.observers.instruments import Instruments
     from megavlm.observers.remarks import Remarks
     from megavlm.observers.routes import Routes
+    from megavlm.observers.validation import Validation
     from megavlm.parts.fitness import check_lanes
     from megavlm.parts.resolve import resolve
     from megavlm.runs.folder import RunFolder
@@ -109,7 +112,7 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
     check_lanes(config, world.size)
     check_writers(config.monitor.writers)
     read_deepspeed_file(config.engine.deepspeed)
-    observers = [Instruments(), Drawings(), Answers(), Routes(), Remarks(), Bar()]
+    observers = [Instruments(), Validation(), Drawings(), Answers(), Routes(), Remarks(), Bar()]
     return Trainer(resolve(config, RunFolder(config.run_dir), world), world, observers)
 
 
@@ -159,6 +162,9 @@ def _keep_environment(path: Path, world_size: int) -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": sys.version.split()[0],
         "versions": {m.__name__: m.__version__ for m in (megavlm, torch, deepspeed, transformers)},
+        "packages": {each.metadata["Name"]: each.version for each in sorted(distributions(), key=lambda each: str(each.metadata["Name"]))},
+        "commit": _commit(PROJECT),
+        "commit_of_the_working_folder": _commit(Path.cwd()),
         "variables": {
             name: value
             for name, value in os.environ.items()
@@ -167,6 +173,17 @@ def _keep_environment(path: Path, world_size: int) -> None:
     }
     with harmless(f"the environment of this start {path}"):
         write_atomically(path, json.dumps([*_earlier_starts(path), entry], indent=1))
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of the git repository that a folder is in, with a `+` if files differ from it; None without git."""
+    git = ["git", "-C", str(folder)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}{'+' * bool(changed)}"
 
 
 def _earlier_starts(path: Path) -> list:

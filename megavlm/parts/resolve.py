@@ -19,6 +19,7 @@ from megavlm.parts.parts import Parts
 from megavlm.runs.folder import RunFolder
 from megavlm.runs.manifest import checkpoints_in
 from megavlm.runs.status import write_status
+from megavlm.runs.user_files import keep_user_files
 from megavlm.system.harmless import harmless
 from megavlm.system.log_file import LogFile
 from megavlm.system.world import World
@@ -95,6 +96,7 @@ def _resolve_alone(parts: Parts, folder: RunFolder, world_size: int) -> Parts:
     check_look_ahead(parts, world_size)
     with _writable():
         _keep_text_model(Path(config.vocabulary.text_model), folder)
+        keep_user_files(folder, config.routing.modules)
     # the watchdogs of this start would take an earlier one's note for their own
     for hang in folder.hangs.glob("step-????????"):
         with harmless(f"another name for {hang}"):

@@ -7,23 +7,29 @@ import torch
 from torch import nn
 
 from megavlm.config import RunConfig, load_config
+from megavlm.config.load import read_settings
 from megavlm.engine.weights import load_weights
 from megavlm.evaluation.trained import TrainedModel
 from megavlm.model.attention import fits_fused
 from megavlm.parts.parts import Parts
 from megavlm.runs.checkpoints import check_run, locate
 from megavlm.runs.folder import RunFolder
+from megavlm.runs.user_files import kept_name
 
 
 def load_run_config(folder: RunFolder, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """The configuration of a run, with its own copy of the text model.
+    """The configuration of a run, with its own copies of the text model and of the user's Python files.
 
     Args:
         folder: Folder of the run.
         overrides: Settings to change, as on the command line.
     """
     check_run(folder)
-    return load_config(str(folder.config_file), {"vocabulary.text_model": str(folder.text_model)} | (overrides or {}))
+    own: dict[str, Any] = {"vocabulary.text_model": str(folder.text_model)}
+    routing = read_settings(folder.config_file).get("routing")
+    if isinstance(routing, dict) and isinstance(routing.get("modules"), list) and routing["modules"]:
+        own["routing.modules"] = [kept_name(folder, str(name)) for name in routing["modules"]]
+    return load_config(str(folder.config_file), own | (overrides or {}))
 
 
 def to_bfloat16(module: nn.Module) -> None:

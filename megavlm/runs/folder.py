@@ -2,6 +2,7 @@
 
 config.yaml       the resolved recipe          checkpoints/      see `megavlm.engine.checkpoint`
 text.model        its text tokenizer, a SentencePiece file or a folder with tokenizer.json
+modules/          copies of the Python files that it names
 samples/          drawings, routes and attention on the way, PNG
 scalars.csv       step, tag, value, if `monitor.writers` has csv
 log.txt           what was printed             tensorboard/      tensorboard --logdir
@@ -29,6 +30,7 @@ class RunFolder:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.text_model = self.path / "text.model"
+        self.modules = self.path / "modules"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.tensorboard = self.path / "tensorboard"

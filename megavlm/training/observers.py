@@ -9,7 +9,7 @@ Letters: G sums that the backbone gives, t tasks. Tested by `tests/observers/tes
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,6 +33,8 @@ class Training:
     engine: Engine
     folder: RunFolder
     board: Board
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What an observer found after this step, the same on all ranks; a checkpoint of the step keeps it beside the last report."""
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,8 @@ class Trainer:
         self._handle_skipped(self.guard.settle(keep=0))
         shared = {"guard": self.guard.state(), "totals": dict(self.meters.totals)}
         of_rank = {"meters": self.meters.state(), "digests": {str(lane): d for lane, d in self.digests.items()}}
-        stall_s = self.checkpointer.save(self.step, self.engine, self.states, shared, metrics=self._reported, of_rank=of_rank)
+        metrics = self._reported | self.training.metrics
+        stall_s = self.checkpointer.save(self.step, self.engine, self.states, shared, metrics=metrics, of_rank=of_rank)
         self.board.scalars({"checkpoint/stall_s": stall_s}, self.step)
 
     def _save_and_end(self) -> NoReturn:

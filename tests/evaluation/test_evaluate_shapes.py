@@ -11,6 +11,7 @@ from megavlm.data.tools.images import read_images
 from megavlm.data.tools.tokenize import encode_shard, encode_shards
 from megavlm.errors import ConfigError
 from megavlm.evaluation.evaluate import evaluate
+from megavlm.evaluation.held_out import ValidationConfig
 from megavlm.image_tokenizers.vq import VQTokenizer
 from megavlm.image_tokenizers.vq_training import Plan, train_tokenizer
 from megavlm.parts.trained import load_trained
@@ -48,7 +49,7 @@ def test_report_by_split_kind_and_number_of_shapes(data, tmp_path):
     }
     run_ranks(1, train, load_config("shapes", TINY | settings), 1)
     model, _ = load_trained(tmp_path / "run")
-    found = evaluate(model)
+    found = evaluate(model, ValidationConfig())
     assert found == json.loads((tmp_path / "run" / "evaluation.json").read_text())
     # the paths that a study reads, as for digits
     numbers = (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 
 import pytest
 
@@ -83,3 +84,17 @@ def test_a_damaged_record_of_starts_begins_anew(tmp_path, caplog):
         assert len(json.loads(file.read_text())) == 1 and "environment.json is damaged" in caplog.text
     launch._keep_environment(file, 1)
     assert len(json.loads(file.read_text())) == 2
+
+
+def test_a_start_is_recorded_with_its_packages_and_commit(tmp_path):
+    launch._keep_environment(tmp_path / "environment.json", 1)
+    (entry,) = json.loads((tmp_path / "environment.json").read_text())
+    assert entry["packages"]["torch"] == entry["versions"]["torch"] and len(entry["packages"]) > 20
+    assert launch._commit(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "environment.json"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True)
+    commit = launch._commit(tmp_path)
+    assert commit and len(commit) == 40
+    (tmp_path / "environment.json").write_text("another")
+    assert launch._commit(tmp_path) == f"{commit}+"

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config import save_config
 from megavlm.errors import ConfigError
 from megavlm.parts.parts import Parts
+from megavlm.parts.trained import load_run_config
+from megavlm.runs.folder import RunFolder
+from megavlm.runs.user_files import copy_of, keep_user_files
 
 PAGE = Path(__file__).parents[2] / "docs" / "write-a-policy.md"
 
@@ -48,3 +52,21 @@ def test_it_may_not_drop_what_the_model_draws(module, make_config):
 def test_a_module_that_cannot_be_imported(make_config):
     with pytest.raises(ConfigError, match="nothing_there.py cannot be imported"):
         make_config({"routing.modules": ["nothing_there.py"]})
+
+
+def test_a_run_keeps_the_file_and_is_read_without_it(module, make_config, tmp_path):
+    config = make_config({"routing.modules": [module, "json"], "routing.understanding": {"policy": "barrel"}})
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    keep_user_files(folder, config.routing.modules)
+    save_config(config, folder.config_file)
+    Path(module).unlink()
+    with pytest.raises(ConfigError, match="barrel.py cannot be imported"):
+        make_config({"routing.modules": [str(tmp_path / "other" / "barrel.py")]})
+    moved = folder.path.rename(tmp_path / "elsewhere")
+    found = load_run_config(RunFolder(moved))
+    assert found.routing.modules == [str(copy_of(RunFolder(moved), module)), "json"]
+    assert found.routing.understanding.policy == "barrel" and len(list((moved / "modules").iterdir())) == 1
+    # a resume of the copy's own recipe keeps one copy
+    keep_user_files(RunFolder(moved), found.routing.modules)
+    assert len(list((moved / "modules").iterdir())) == 1

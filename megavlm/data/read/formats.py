@@ -157,17 +157,16 @@ def _llava(key: str, members: Members, source, rng) -> tuple[Record, Members]:
 @register_format("qa")
 def _qa(key: str, members: Members, source, rng) -> tuple[Record, Members]:
     document = _document(members)
-    names, question = document.get("image") or [], document.get("question")
+    names = document.get("image") or []
     names = names if isinstance(names, list) else [names]
-    answers = document["answers"] if isinstance(document.get("answers"), list) else [document.get("answer")]
-    for name, text in (("question", question), *(("answer", answer) for answer in answers or [None])):
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"the sample has no text in {name!r}", f'write {{"image": …, "question": …, "answer": …}}; {name!r} is text')
+    several = document.get("answers")
+    answers = [_worded(answer, "answer") for answer in several] if isinstance(several, list) and several else []
+    question = _worded(document.get("question"), "question")
     # of several people's answers that of most
-    answer = Counter(answers).most_common(1)[0][0].strip()
+    answer = Counter(answers).most_common(1)[0][0] if answers else _worded(document.get("answer"), "answer")
     images = llava_images(key, names, members, source.image_root)
     segments = [Segment(image=f"img{i}") for i in range(len(names))]
-    segments += [Segment(text=question.strip()), Segment(text=answer, loss=True)]
+    segments += [Segment(text=question), Segment(text=answer, loss=True)]
     meta = {name: document[name] for name in ("choices", "split", "kind") if name in document}
     return Record(task="understanding" if names else "text", segments=tuple(segments), meta={"answer": answer, **meta}), images
 
@@ -198,6 +197,12 @@ def _interleaved(key: str, members: Members, source, rng) -> tuple[Record, Membe
     record = Record(task=task, segments=tuple(segments))
     refuse_unnamed(image_names(record), members)
     return record, members
+
+
+def _worded(text: object, name: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"the sample has no text in {name!r}", f'write {{"image": …, "question": …, "answer": …}}; {name!r} is text')
+    return text.strip()
 
 
 def _utf8(content: bytes) -> str:

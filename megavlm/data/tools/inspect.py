@@ -5,6 +5,7 @@ Tested by `tests/data/tools/test_describe.py`.
 
 import io
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,13 +39,14 @@ class _Found:
         self.sizes.update(f"{im.shape[1]}x{im.shape[0]}" + (" codes" if im.dtype == np.int64 else "") for im in sample.images.values())
 
 
-def inspect(urls: list[str], source, out: Path) -> tuple[str, bool]:
+def inspect(urls: list[str], source, out: Path, look: Callable[[Sample], None] | None = None) -> tuple[str, bool]:
     """Read shards to their end and describe them.
 
     Args:
         urls: The shards.
         source: A `SourceConfig`, for the format of the samples.
         out: Contact sheet to write (PNG).
+        look: Called with every good sample.
 
     Returns:
         A table of what each shard holds and the kinds of problems found; whether there were images for the sheet.
@@ -55,6 +57,8 @@ def inspect(urls: list[str], source, out: Path) -> tuple[str, bool]:
         found, num_before = _Found(), len(report.problems)
         for sample in read_samples([url], source, report):
             found.add(sample)
+            if look:
+                look(sample)
             num_shown += 1
             if num_shown <= SHEET_SAMPLES and sample.images:
                 thumbnails.append(thumbnail(sample))
