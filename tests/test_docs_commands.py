@@ -43,6 +43,7 @@ ELSEWHERE = {
     r"torchrun .* --run_dir=runs/a|megavlm train digits --run_dir=runs/b": "tests/distributed",
     r"megavlm data": "tests/data, tests/image_tokenizers, tests/cli",
     r"megavlm judge": "tests/evaluation/sets",
+    r"megavlm (init|recipe)|python make_pictures\.py|torchrun .* train mine\.yaml": "tests/launch/test_init.py, tests/test_own_data.py",
     r"megavlm board": "tests/cli/test_board.py",
     r"megavlm analyze": "tests/analysis",
     r"megavlm train digits --routing\.modules": "tests/routing/test_user_policy.py",
