@@ -5,15 +5,17 @@ Tested by `tests/distributed/test_training.py`.
 
 import time
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from megavlm.costs import BACKWARD_FACTOR
 from megavlm.data.pack.pack import Pack
 from megavlm.monitor.writers import WriterName
 from megavlm.routing.tasks import TASKS
-from megavlm.settings import Positive, Settings
+from megavlm.settings import Number, Positive, Settings
 from megavlm.system.memory import resident_bytes
 from megavlm.system.world import World
 
@@ -26,6 +28,9 @@ class MonitorConfig(Settings):
     writers: list[WriterName] = ["tensorboard"]
     """Who gets the numbers: `tensorboard`, `csv` (`scalars.csv`), `wandb` and `mlflow` (where installed; offline). Pictures and texts go to
     TensorBoard alone."""
+    peak_tflops: Annotated[Number, Field(gt=0, le=1e6)] | None = None
+    """What one device can do at the precision of the training, in TFLOP/s; utilisation is reported relative to it. By default that of the
+    data sheet, where the device is a GPU that `megavlm.monitor.peaks` knows and the precision is bfloat16."""
     sample_every_steps: Positive | None = None
     """Steps between drawings, answers and pictures of the route for TensorBoard and `samples/`. Off by default."""
     sample_prompts: list[str] = []

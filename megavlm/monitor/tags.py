@@ -15,6 +15,7 @@ ALWAYS = (
         "throughput/dense_equivalent_tflops_per_s",
         "routing/flops_share",
     ),
+    *("throughput/executed_mfu", "throughput/dense_equivalent_mfu"),
     *("balance/planned_max_over_mean", "balance/probe_max_over_median", "balance/data_wait_max_s", "balance/measured_max_over_mean"),
     *("optimizer/learning_rate", "optimizer/gradient_norm", "faults/skipped_steps", "memory/peak_gib", "memory/host_gib"),
     *(f"data/{count}" for count in COUNTS),

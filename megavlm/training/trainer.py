@@ -39,6 +39,7 @@ from megavlm.engine.zero import document_of, forget_gradients, gradient_norm, st
 from megavlm.errors import ConfigError
 from megavlm.monitor.board import Board
 from megavlm.monitor.metrics import Meters
+from megavlm.monitor.peaks import described, peak_tflops_here, utilisation
 from megavlm.monitor.stragglers import Stragglers
 from megavlm.parts.parts import Parts
 from megavlm.parts.resolve import keep
@@ -91,6 +92,7 @@ class Trainer:
         self.states: dict[int, State] = {}
         self.digests = dict.fromkeys(self.lanes, "")
         self.learning_rate = 0.0
+        self.peak_tflops = config.monitor.peak_tflops or peak_tflops_here(world.device, next(self.engine.module.parameters()).dtype)
         self._reported: dict[str, float] = {}
         self._restore()
         world.on_main(partial(keep, config, self.folder))
@@ -332,7 +334,7 @@ class Trainer:
     def _report(self, step: int, gradient_norm: float) -> None:
         values = self.meters.report()
         times, remarks = self.stragglers.report()
-        values |= times
+        values |= times | utilisation(values, self.peak_tflops and self.peak_tflops * self.world.size)
         values["optimizer/learning_rate"] = self.learning_rate
         values["optimizer/gradient_norm"] = gradient_norm
         values["faults/skipped_steps"] = self.guard.num_skipped
@@ -354,7 +356,7 @@ class Trainer:
         losses = {task: values[f"loss/{task}"] for task in TASKS if f"loss/{task}" in values}
         left_s = values["time/step_s"] * (self.parts.config.optimizer.num_steps - self.step)
         log.info(
-            "step %d/%d  %s  lr %.1e  norm %.2f  %.0f tokens/s  flops %.0f%%  data wait %.0f%%  left %d:%02d",
+            "step %d/%d  %s  lr %.1e  norm %.2f  %.0f tokens/s  flops %.0f%%%s  data wait %.0f%%  left %d:%02d",
             self.step,
             self.parts.config.optimizer.num_steps,
             "  ".join(f"{task} {loss:.4f}" for task, loss in losses.items()),
@@ -362,6 +364,7 @@ class Trainer:
             gradient_norm,
             values["throughput/tokens_per_s"],
             100 * values["routing/flops_share"],
+            described(values),
             100 * values["time/data_wait_share"],
             *divmod(int(left_s), 60),
         )
