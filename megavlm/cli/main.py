@@ -37,7 +37,7 @@ class Commands(RunCommands, BoardCommands, InitCommand):
         self.checkpoint = CheckpointCommands()
         self.analyze = AnalyzeCommands()
 
-    def train(self, recipe: str, **overrides):
+    def train(self, recipe: str, profile: bool = False, **overrides):
         """Train a recipe, or go on with it if its run folder holds a checkpoint.
 
         Alone, or one process per GPU under torchrun, the deepspeed launcher or srun: which one is found out from the environment.
@@ -46,11 +46,13 @@ class Commands(RunCommands, BoardCommands, InitCommand):
 
         Args:
             recipe: Path of a YAML file, or a name such as `digits`.
+            profile: Trace the third and the fourth step into RUN/profile/, and log where their time went; profile.steps and profile.ranks
+                choose others.
             overrides: Settings to change: --run_dir=runs/mine --optimizer.learning_rate=1e-3 --init-from=runs/other
         """
         from megavlm.launch.train import train
 
-        train(str(recipe), overrides)
+        train(str(recipe), overrides | ({"profile.enabled": True} if profile else {}))
 
     def evaluate(self, run: str, **overrides):
         """Judge a checkpoint, by default a run's newest one, on held-out data; writes RUN/evaluation.json and RUN/drawings.png.

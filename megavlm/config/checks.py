@@ -23,6 +23,8 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _routing(config)
     yield from _data(config)
     yield from _best(config)
+    if (late := max(config.profile.steps or [0])) > config.optimizer.num_steps:
+        yield "profile.steps", f"there is no step {late} among {config.optimizer.num_steps} (optimizer.num_steps); leave it out"
     if reason := config.model.outside_window(config.data.pack_tokens):
         yield "model.architecture", reason
     weights = config.loss.task_weights

@@ -9,6 +9,7 @@ from megavlm.evaluation.trained import EvaluationConfig
 from megavlm.model.architecture import ModelConfig
 from megavlm.model.loss import LossConfig
 from megavlm.monitor.metrics import MonitorConfig
+from megavlm.monitor.phases import ProfileConfig
 from megavlm.routing.plan import RoutingConfig
 from megavlm.runs.retention import CheckpointConfig
 from megavlm.settings import PathText, Seed, Settings
@@ -36,4 +37,5 @@ class RunConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     validation: ValidationConfig = ValidationConfig()
+    profile: ProfileConfig = ProfileConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

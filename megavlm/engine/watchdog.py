@@ -79,6 +79,8 @@ class Watchdog:
         self.factor = faults.steady_step_budget_factor
         self.least_budget_s = least_budget_s
         self.largest_budget_s = min(faults.step_budget_s, SHARE_OF_TIMEOUT * engine.step_timeout_s)
+        self.listeners: list[Callable[[str], Any]] = []
+        """Called with every stage that begins."""
         self.stage = "start"
         self._stage_begin_s = self._step_begin_s = time.monotonic()
         self._step = 0
@@ -100,6 +102,8 @@ class Watchdog:
         """Name what the rank does from now on."""
         self.stage = stage
         self._stage_begin_s = time.monotonic()
+        for listen in self.listeners:
+            listen(stage)
 
     def begin_step(self, step: int) -> None:
         """A step begins: the clock starts again, drawings and reports of the step before it included."""

@@ -99,6 +99,7 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
     from megavlm.observers.bar import Bar
     from megavlm.observers.drawings import Drawings
     from megavlm.observers.instruments import Instruments
+    from megavlm.observers.profile import Profile
     from megavlm.observers.remarks import Remarks
     from megavlm.observers.routes import Routes
     from megavlm.observers.validation import Validation
@@ -112,7 +113,7 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
     check_lanes(config, world.size)
     check_writers(config.monitor.writers)
     read_deepspeed_file(config.engine.deepspeed)
-    observers = [Instruments(), Validation(), Drawings(), Answers(), Routes(), Remarks(), Bar()]
+    observers = [Instruments(), Validation(), Drawings(), Answers(), Routes(), Remarks(), Bar(), Profile()]
     return Trainer(resolve(config, RunFolder(config.run_dir), world), world, observers)
 
 

@@ -11,6 +11,7 @@ judged/           written by `megavlm judge`
 analysis/         written by `megavlm analyze`
 status.json       where it stands              exit_code         how it ended; not there while it runs
 stragglers.txt    times per rank               forensics/        skipped steps
+profile/          traces of `--profile`, with tables
 hangs/            stacks of hung steps         environment.json  versions, hardware, command; of every start
 save, stop        touch them: the run saves, or saves and ends
 slurm/            sbatch scripts that `megavlm submit` rendered, and what the jobs printed
@@ -40,5 +41,6 @@ class RunFolder:
         self.exit_code = self.path / "exit_code"
         self.stragglers = self.path / "stragglers.txt"
         self.forensics = self.path / "forensics"
+        self.profile = self.path / "profile"
         self.hangs = self.path / "hangs"
         self.environment = self.path / "environment.json"

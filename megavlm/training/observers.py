@@ -15,6 +15,7 @@ import torch
 
 from megavlm.data.pack.pack import Pack
 from megavlm.engine.protocol import Engine
+from megavlm.engine.watchdog import Watchdog
 from megavlm.engine.zero import begin_anew
 from megavlm.monitor.board import Board
 from megavlm.parts.parts import Parts
@@ -33,6 +34,7 @@ class Training:
     engine: Engine
     folder: RunFolder
     board: Board
+    watchdog: Watchdog
     metrics: dict[str, float] = field(default_factory=dict)
     """What an observer found after this step, the same on all ranks; a checkpoint of the step keeps it beside the last report."""
 

@@ -104,7 +104,7 @@ class Trainer:
         self.board = Board(self.folder.tensorboard, self.step + 1, world.is_main, config.monitor.writers)
         longest_s = max(config.engine.timeout_s, config.engine.step_timeout_s)
         self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job(), timeout_s=longest_s)
-        self.training = Training(parts, world, self.engine, self.folder, self.board)
+        self.training = Training(parts, world, self.engine, self.folder, self.board, self.watchdog)
         for observer in observers:
             observer.attach(self.training)
 
