@@ -6,7 +6,8 @@
 
 Forward and backward passes of one packed micro-batch, dense and routed in turn, in one process. For each policy: FLOPs as a
 share of dense by formula (`megavlm.costs`), time as a share of dense, forward and backward apart, and the *realised saving*: saved time
-over saved FLOPs. Memory is what the forward pass keeps for the backward pass (on CUDA: the peak). Writes OUT.json and OUT.png.
+over saved FLOPs. Memory is what the forward pass keeps for the backward pass, counted in a pass that is not timed. Writes OUT.json and
+OUT.png.
 
 Two peers run beside it, with the subsets of `random_ltd` in each layer. **masked**: tokens are masked as keys instead of removed, as in a
 first implementation. **DeepSpeed random-LTD**: its own layer wrapper around the same decoder layers, on a padded batch. On a CPU its three
@@ -37,6 +38,7 @@ from megavlm.data.pack.encode import EncodedSample, Span
 from megavlm.data.pack.pack import Costing, Pack, build_pack
 from megavlm.data.read.sample import Coordinates
 from megavlm.model.backbone import Backbone, make_causal_lm
+from megavlm.parts.trained import to_bfloat16
 from megavlm.routing import policies as p
 from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.tasks import Task
@@ -88,10 +90,15 @@ def make_samples(pack_tokens: int, image_side: int) -> list[EncodedSample]:
 
 
 class Timer:
-    """Times forward and backward passes of several ways in turn."""
+    """Times forward and backward passes of several ways in turn. No pass adds to the gradients of the one before it."""
 
-    def __init__(self, device: torch.device, repeats: int):
-        self.device, self.repeats = device, repeats
+    def __init__(self, backbone: torch.nn.Module, device: torch.device, repeats: int):
+        self.backbone = backbone
+        self.device = device
+        self.repeats = repeats
+
+    def forget_gradients(self) -> None:
+        self.backbone.zero_grad(set_to_none=True)
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -102,19 +109,22 @@ class Timer:
         """Median seconds of each way's forward and backward pass, bytes held between the two, and both passes' sum in every repeat."""
         seconds = {name: {"forward": [], "backward": []} for name in ways}
         held = {}
-        for repeat in range(self.repeats + 1):  # the first warms up
+        for name, forward in ways.items():  # warms up; counting takes time, so nothing is timed
+            with SavedBytes() as saved:
+                loss = forward()
+            held[name] = saved.total
+            loss.backward()
+            self.forget_gradients()
+        for _ in range(self.repeats):
             for name, forward in ways.items():
-                saved = SavedBytes()
-                with saved:
-                    begin = self.now()
-                    loss = forward()
-                    middle = self.now()
+                begin = self.now()
+                loss = forward()
+                middle = self.now()
                 loss.backward()
                 end = self.now()
-                held[name] = saved.total
-                if repeat:
-                    seconds[name]["forward"].append(middle - begin)
-                    seconds[name]["backward"].append(end - middle)
+                self.forget_gradients()
+                seconds[name]["forward"].append(middle - begin)
+                seconds[name]["backward"].append(end - middle)
         medians = {
             name: {part: statistics.median(values) for part, values in parts.items()} | {"saved_bytes": held[name]}
             for name, parts in seconds.items()
@@ -135,6 +145,10 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
             return tensor
 
         super().__init__(pack, lambda tensor: tensor)
+
+    def __enter__(self) -> "SavedBytes":
+        super().__enter__()
+        return self
 
     @property
     def total(self) -> int:
@@ -268,7 +282,7 @@ def bench(
         "num_key_value_heads": width // 64,
         "head_dim": 64,
     }
-    samples, timer = make_samples(pack_tokens, image_side), Timer(device, repeats)
+    samples = make_samples(pack_tokens, image_side)
     path = Path(out).with_suffix(".json")
     rows = json.loads(path.read_text())["rows"] if only and path.exists() else {}
     names = [*policies(num_layers), "masked (random_ltd)", "DeepSpeed random-LTD"]
@@ -277,9 +291,12 @@ def bench(
         policy = policies(num_layers).get(name, policies(num_layers)["random_ltd"])
         plan = RoutingPlan(*policy, num_layers, Schedule(1, 0.0, 0.0))
         torch.manual_seed(0)
-        causal_lm = make_causal_lm(architecture, VOCABULARY)
+        with device:  # a large model takes long to make on the host
+            causal_lm = make_causal_lm(architecture, VOCABULARY)
+            backbone = Backbone(causal_lm, plan, num_sources=1, max_labels=pack_tokens, chunk_rows=pack_tokens)
+        if dtype == torch.bfloat16:
+            to_bfloat16(backbone)
         shape = ModelShape.of(causal_lm.config)
-        backbone = Backbone(causal_lm, plan, num_sources=1, max_labels=pack_tokens, chunk_rows=pack_tokens).to(device, dtype)
         pack = build_pack(samples, Costing(plan, shape), num_sources=1, lane=0, step=0, seed=0)
         if name == GATHERED:  # the router's own price: it would leave rows alone where all are active
             pack.route.stages[1].active_K = torch.arange(pack.num_tokens)
@@ -292,7 +309,7 @@ def bench(
             # as many tokens per sample as random_ltd keeps on average, text included
             kept = round(np.mean(pack.route.stages[1].sequences.lengths))
             ways["way"] = random_ltd_forward(backbone, routed, kept)
-        rows[name] = _row(share, timer.in_turn(**ways))
+        rows[name] = _row(share, Timer(backbone, device, repeats).in_turn(**ways))
     rows = {name: rows[name] for name in names if name in rows}
     result = {
         "command": f"python tools/bench_routing.py --width={width} --num_layers={num_layers} --pack_tokens={pack_tokens}"
