@@ -10,7 +10,7 @@ from megavlm.engine.guard import Guard, GuardedAdamW
 from megavlm.engine.partition import shape_of
 from megavlm.engine.protocol import Engine
 from megavlm.engine.schedule import OptimizerConfig
-from megavlm.settings import Number, PathText, Positive, Seconds, Settings
+from megavlm.settings import Number, PathText, Positive, Seconds, Settings, Switch
 
 
 class EngineConfig(Settings):
@@ -23,6 +23,8 @@ class EngineConfig(Settings):
     its budget is at most four fifths of this."""
     step_timeout_s: Seconds = 2400
     """The same after the first step. Drawings and reports between steps must fit in too."""
+    deterministic: Switch = False
+    """Take algorithms on CUDA that give the same bits every time, which costs speed; on a CPU they do anyway. See docs/faults.md."""
     gc_every_steps: Positive = 100
     """Steps between collections of Python's garbage, on all ranks at the same step and at no other time."""
     stop_margin_s: Annotated[Number, Field(ge=0, le=1e6)] = 20.0

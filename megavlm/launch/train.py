@@ -106,8 +106,11 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
     from megavlm.parts.fitness import check_lanes
     from megavlm.parts.resolve import resolve
     from megavlm.runs.folder import RunFolder
+    from megavlm.system.determinism import be_deterministic
     from megavlm.training.trainer import Trainer
 
+    if config.engine.deterministic:
+        be_deterministic()
     # before anything is read: the processes may not be able to share the lanes
     lanes_of(world.rank, world.size, config.data.num_lanes)
     check_lanes(config, world.size)
