@@ -17,12 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from megavlm.engine import signals
 from megavlm.engine.signals import Wish
 from megavlm.system.harmless import harmless
-from megavlm.system.world import World, new_host_group
+from megavlm.system.world import World
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +37,13 @@ class Wishes:
         run: The run folder, where ``save`` and ``stop`` may appear.
         needed_s: How long it would now take to come to the next decision and to write a checkpoint.
         end_time_s: When the job is killed, seconds since the epoch; None if it is not known.
-        timeout_s: No rank waits longer for the others' wishes.
     """
 
-    def __init__(self, world: World, run: Path, needed_s: Callable[[], float], end_time_s: float | None, *, timeout_s: float):
+    def __init__(self, world: World, run: Path, needed_s: Callable[[], float], end_time_s: float | None):
         self.world = world
         self.run = run
         self.needed_s = needed_s
         self.end_time_s = end_time_s
-        self._group = new_host_group(timeout_s)
         self._stop_wished = Wish.NOTHING
         self._looked_s = 0.0
         self._save_wished = False
@@ -59,8 +56,7 @@ class Wishes:
         """
         if self.world.is_main:
             self._look()
-        agreed = torch.tensor([max(signals.noted(), self._stop_wished), int(self._save_wished)])
-        distributed.all_reduce(agreed, distributed.ReduceOp.MAX, group=self._group)
+        agreed = self.world.agree(torch.tensor([max(signals.noted(), self._stop_wished), int(self._save_wished)]))
         if agreed[0]:
             return Wish(int(agreed[0]))
         if step_ends and agreed[1]:

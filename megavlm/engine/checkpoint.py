@@ -79,7 +79,6 @@ class Checkpointer:
         self.config = config
         self._owner: Ownership | None = None
         self._group = new_host_group(WRITING_TIMEOUT_S)
-        self._main_group = new_host_group(WRITING_TIMEOUT_S)
         self._together(self._take_folder)
         # a mesh on the CPU, whatever the GPUs talk with: only host memory is ever written
         self._staging = Staging(world.rank, init_device_mesh("cpu", (world.size,)))
@@ -203,7 +202,7 @@ class Checkpointer:
         tensors = self._staging.empty_like(engine)
         check_modules(path, tensors)
         try:
-            state_dict_loader.load(tensors, storage_reader=filesystem.FileSystemReader(path / "tensors"), process_group=self._main_group)
+            state_dict_loader.load(tensors, storage_reader=filesystem.FileSystemReader(path / "tensors"), process_group=self._group)
         except (ValueError, RuntimeError, KeyError, api.CheckpointException) as error:
             raise DoesNotFit(path, in_short(error)) from error
         install(tensors, engine)
@@ -258,7 +257,8 @@ class Checkpointer:
         temporary = self.folder / f".writing-{final.name}-{token}"
         try:
             self._together(lambda: temporary.mkdir(parents=True) if self._owner else None)
-            writer = filesystem.FileSystemWriter(temporary / "tensors", sync_files=True)
+            # nothing is on a device any more: a loader that copies ahead would wait for one all the same
+            writer = filesystem.FileSystemWriter(temporary / "tensors", sync_files=True, per_thread_copy_ahead=0)
             state_dict_saver.save(tensors, storage_writer=writer, process_group=self._group)
             of_ranks = self._gather(of_rank, self._group)
             state["lanes"] = {str(lane): lane_state for lanes, _ in of_ranks for lane, lane_state in lanes.items()}

@@ -39,7 +39,7 @@ class Instruments(Observer):
         """Log how the gradients of the step's tasks agree."""
         if not _is_due(step.number, self.config.geometry_every_steps):
             return
-        factors = factors_of_tasks(step.factor_G, step.labels_t.cpu().numpy())
+        factors = factors_of_tasks(step.factor_G, step.labels_t.numpy())
         pairs = under_zero(self.engine, self.world, step.packs, factors, before_pack=step.before_pack)
         for pair, blocks in pairs.items():
             for block, alignment in blocks.items():

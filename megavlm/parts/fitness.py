@@ -10,6 +10,7 @@ from megavlm.model.sizes import parameter_sizes
 from megavlm.parts.parts import Parts
 from megavlm.routing.plan import WIDEST_HEAD
 from megavlm.system.memory import allow_open_files, check_memory, machine_bytes
+from megavlm.system.world import OTHER_FILES, SOCKETS_PER_RANK
 
 MOST_LANES = 512
 """Most lanes of one process; it runs as many packs in one step."""
@@ -32,8 +33,9 @@ def check_lanes(config: RunConfig, world_size: int) -> None:
             f"data.num_lanes: each of {world_size} processes would run {num_lanes} packs per step, {MOST_LANES} at most are sensible\n"
             "  do:    lower data.num_lanes, or start more processes"
         )
-    # a shard of every source, and some for what else is open
-    allow_open_files(num_lanes * len(config.data.sources) + 256)
+    # a shard of every source, a connection to every other process in each group, and some for what else is open
+    number = num_lanes * len(config.data.sources) + SOCKETS_PER_RANK * world_size + OTHER_FILES
+    allow_open_files(number, "data.num_lanes", "lower data.num_lanes")
 
 
 def check_model(parts: Parts, world_size: int) -> None:

@@ -38,8 +38,8 @@ def check_memory(needed_bytes: float, available_bytes: int, what: str, remedy: s
         )
 
 
-def allow_open_files(number: int) -> None:
-    """Let this process have so many files open.
+def allow_open_files(number: int, what: str, remedy: str) -> None:
+    """Let this process have so many files and connections open.
 
     Raises:
         ConfigError: If the machine does not allow it.
@@ -49,7 +49,7 @@ def allow_open_files(number: int) -> None:
         return
     if number > hard != resource.RLIM_INFINITY:
         raise ConfigError(
-            f"data.num_lanes: the lanes of one process have {number} shards open at once, this machine allows {hard}\n"
-            "  do:    lower data.num_lanes, start more processes, or raise the limit (`ulimit -n`)"
+            f"{what} needs {number} files and connections open at once in one process, this machine allows {hard}\n"
+            f"  do:    {remedy}, or raise the limit (`ulimit -n`)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))

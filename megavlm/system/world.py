@@ -7,13 +7,14 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import distributed
 
 from megavlm.errors import ConfigError, MegavlmError
+from megavlm.system.memory import allow_open_files
 
 Value = TypeVar("Value")
 
@@ -39,10 +40,21 @@ class World:
         distributed.barrier()
 
     def sum(self, values: np.ndarray) -> torch.Tensor:
-        """The sum of float64 host values over all ranks, on the device."""
-        total = torch.from_numpy(np.asarray(values, np.float64)).to(self.device)
-        distributed.all_reduce(total)
+        """The sum of float64 host values over all ranks, on the host: nothing waits for the device."""
+        total = torch.from_numpy(np.asarray(values, np.float64)).clone()
+        distributed.all_reduce(total, group=_host_group)
         return total
+
+    def agree(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of each host value over all ranks, in place; likewise."""
+        distributed.all_reduce(values, distributed.ReduceOp.MAX, group=_host_group)
+        return values
+
+    def to_device(self, values: torch.Tensor) -> torch.Tensor:
+        """Host values on the device, which the host does not wait for."""
+        if self.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
 
     def gather(self, value) -> list:
         """Every rank's small Python object, on every rank."""
@@ -127,25 +139,38 @@ def start(timeout_s: int) -> World:
 
     place = find_place(os.environ)
     os.environ.update(place)
+    allow_open_files(SOCKETS_PER_RANK * int(place["WORLD_SIZE"]) + OTHER_FILES, "a world of so many processes", "start fewer processes")
     local_rank = int(place.get("LOCAL_RANK", 0))
     has_cuda = torch.cuda.is_available()
-    # a launcher may show each process its own device only
-    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if has_cuda else torch.device("cpu")
+    device = device_of(local_rank, torch.cuda.device_count() if has_cuda else 0)
     if has_cuda:
         torch.cuda.set_device(device)
     else:
         # or DeepSpeed compiles a shared-memory all-reduce for half a minute, at every first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if has_cuda else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False)
+    global _host_group
+    _host_group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     return World(int(place["RANK"]), int(place["WORLD_SIZE"]), local_rank, device)
 
 
+def device_of(local_rank: int, num_devices: int) -> torch.device:
+    """The device of a process; a launcher may show each process its own one only."""
+    return torch.device("cuda", local_rank % num_devices) if num_devices else torch.device("cpu")
+
+
+OTHER_FILES = 256
+"""What a process has open beside connections and shards, at most."""
+SOCKETS_PER_RANK = 4
+"""Connections to every other rank: two groups over host memory, here and in the checkpoint's thread, and on a CPU two more for ZeRO."""
+_host_group: Any = None
+"""All processes, talking from host memory; the main thread's."""
 _host_groups: set[str] = set()
 """Names of those that `new_host_group` has made."""
 
 
 def new_host_group(timeout_s: float) -> distributed.ProcessGroup:
-    """All processes, talking over gloo from host memory: nothing in it waits for a GPU. Called by all ranks together."""
+    """All processes, talking over gloo from host memory, for a thread of its own. Called by all ranks together."""
     group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     assert isinstance(group, distributed.ProcessGroup)  # every rank is a member
     _host_groups.add(group.group_name)

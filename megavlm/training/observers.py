@@ -50,7 +50,7 @@ class StepView:
     factor_G: torch.Tensor
     """What each of the sums that the backbone gives is multiplied by."""
     labels_t: torch.Tensor
-    """Labelled tokens of each task in the step, over all ranks; on the device."""
+    """Labelled tokens of each task in the step, over all ranks; on the host."""
     before_pack: Callable[[Pack], None]
     """Called before each forward pass of the step."""
 

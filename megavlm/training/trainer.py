@@ -87,7 +87,7 @@ class Trainer:
         self.meters = Meters(world, list(config.data.sources), parts.plan.bounds, self.engine.module.recomputed_shares(parts.plan.bounds))
         self.stragglers = Stragglers(world, self.folder.stragglers)
         weights = [config.loss.task_weights.get(task, 1.0) for task in TASKS]
-        self.loss_weights = torch.tensor([*weights, config.loss.gate_weight], device=world.device)
+        self.loss_weights = torch.tensor([*weights, config.loss.gate_weight])
         self.step = 0
         self.states: dict[int, State] = {}
         self.digests = dict.fromkeys(self.lanes, "")
@@ -102,8 +102,7 @@ class Trainer:
             parts.make_lane, self.lanes, self.states, data.num_workers, prefetch_packs=data.prefetch_packs, pin_memory=pin_memory
         )
         self.board = Board(self.folder.tensorboard, self.step + 1, world.is_main, config.monitor.writers)
-        longest_s = max(config.engine.timeout_s, config.engine.step_timeout_s)
-        self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job(), timeout_s=longest_s)
+        self.wishes = Wishes(world, self.folder.path, self._needed_s, end_time_of_job())
         self.training = Training(parts, world, self.engine, self.folder, self.board, self.watchdog)
         for observer in observers:
             observer.attach(self.training)
@@ -321,15 +320,15 @@ class Trainer:
         torch.manual_seed(integer_seed(self.parts.config.seed, Purpose.MODULES, pack.step, pack.lane))
 
     def _loss_totals(self, packs: list[Pack]) -> torch.Tensor:
-        """Labelled tokens of each task, and image tokens, of the whole step on all ranks: float64 ``[len(TASKS) + 1]``."""
+        """Labelled tokens of each task, and image tokens, of the whole step on all ranks: float64 ``[len(TASKS) + 1]``, on the host."""
         return self.world.sum(np.append(sum(p.task_labels for p in packs), sum(p.image_tokens.sum() for p in packs)))
 
     def _loss_factors(self, totals: torch.Tensor) -> torch.Tensor:
-        """What each of the sums that the backbone gives is multiplied by: float32 ``[num_groups + 1]``."""
+        """What each of the sums that the backbone gives is multiplied by: float32 ``[num_groups + 1]``, on the device."""
         # DeepSpeed averages gradients over ranks; the loss is normalised over all of them already
         factor = self.world.size * self.loss_weights / totals.clamp(min=1)
         per_group = factor[:-1].repeat(len(self.parts.config.data.sources))
-        return torch.cat([per_group, factor[-1:]]).float()
+        return self.world.to_device(torch.cat([per_group, factor[-1:]]).float())
 
     def _report(self, step: int, gradient_norm: float) -> None:
         values = self.meters.report()

@@ -84,7 +84,7 @@ def test_open_files_are_allowed_where_the_machine_does(monkeypatch):
     given = []
     monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr(memory.resource, "setrlimit", lambda _, limits: given.append(limits))
-    memory.allow_open_files(1000)
-    memory.allow_open_files(3000)
+    memory.allow_open_files(1000, "this", "have less")
+    memory.allow_open_files(3000, "this", "have less")
     assert given == [(3000, 4096)]
     assert memory.machine_bytes() > resource.getpagesize()

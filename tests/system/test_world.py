@@ -2,7 +2,7 @@
 
 import pytest
 
-from megavlm.system.world import _first_node, find_place
+from megavlm.system.world import _first_node, device_of, find_place
 
 SRUN = {
     "SLURM_JOB_ID": "1234567",
@@ -36,3 +36,9 @@ def test_the_batch_shell_of_a_job_is_alone():
 @pytest.mark.parametrize(("nodes", "first"), [("gpu[007-010,12],login", "gpu007"), ("a-1,b[2-3]", "a-1"), ("n[5]", "n5"), ("solo", "solo")])
 def test_first_node(nodes, first):
     assert _first_node(nodes) == first
+
+
+def test_a_process_uses_its_own_device_also_where_it_sees_one_only():
+    assert [str(device_of(rank, 4)) for rank in range(5)] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0"]
+    assert str(device_of(7, 1)) == "cuda:0", "a launcher shows each process one device"
+    assert str(device_of(7, 0)) == "cpu"
