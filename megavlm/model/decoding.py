@@ -137,7 +137,7 @@ class Decoder:
     def _inject(self, backbone: Backbone, stage: Stage, rows_B: torch.Tensor, embedding_BD: torch.Tensor) -> None:
         """Put keys and values of tokens that do not travel into the caches of a stage."""
         for injection in stage.injections:
-            chosen_K = torch.isin(rows_B, injection.rows_R).nonzero()[:, 0]
+            chosen_K = self._stand_at(rows_B, injection.rows_R).nonzero()[:, 0]
             if len(chosen_K) == 0:
                 continue
             for layer in range(stage.first_layer, stage.end_layer):
@@ -151,7 +151,7 @@ class Decoder:
         gate_B = None
         if stage.active_K is None:
             return None, gate_B
-        is_active_B = torch.isin(rows_B, stage.active_K) | (rows_B < 0)
+        is_active_B = self._stand_at(rows_B, stage.active_K) | (rows_B < 0)
         for choice in stage.choices:
             if choice.plan.how == "gate":
                 logit_B = at_least_float32(backbone.gates[f"{choice.task}_{stage.first_layer}"](h_BD)[:, 0])
@@ -162,8 +162,15 @@ class Decoder:
             else:
                 # of the spans that may be fed, all tokens are active or none: `check_start` has refused the others
                 rows_C = self.pack.route.candidates[choice.task].rows_C
-                is_active_B = is_active_B | torch.isin(rows_B, rows_C[choice.quota_C > 0])
+                is_active_B = is_active_B | self._stand_at(rows_B, rows_C, choice.quota_C > 0)
         return is_active_B, gate_B
+
+    def _stand_at(self, rows_B: torch.Tensor, rows_K: torch.Tensor, which_K: torch.Tensor | None = None) -> torch.Tensor:
+        """Which of some rows are among others, ``which_K`` of those. (`torch.isin` makes the host wait.)"""
+        which_K = torch.ones_like(rows_K, dtype=torch.bool) if which_K is None else which_K
+        # a last place for -1, a row that is none
+        is_there_T = which_K.new_zeros(self.pack.num_tokens + 1).index_copy(0, rows_K, which_K)
+        return is_there_T.index_select(0, rows_B % len(is_there_T))
 
     def _logits(self, backbone: Backbone, h_BD: torch.Tensor) -> torch.Tensor:
         return at_least_float32(backbone.causal_lm.lm_head(backbone.causal_lm.model.norm(h_BD)))
