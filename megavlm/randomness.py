@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     FORMAT = 8
     SYNTHETIC = 9
     ANALYSIS = 10
+    WRITING = 11
 
 
 def stream(seed: int, purpose: Purpose, *coordinates: int) -> np.random.Generator:

@@ -4,6 +4,7 @@ names such as 2024, 1e3 or a,b as numbers and tuples."""
 import ast
 import difflib
 import inspect
+from itertools import chain, repeat
 from types import NoneType
 from typing import Annotated, Any, get_args
 
@@ -65,7 +66,13 @@ def _verbatim(command: Any, arguments: list[str]) -> list[str]:
     """The arguments, those quoted that are text to the command and something else to fire."""
     parameters = inspect.signature(command).parameters
     texts = {name for name, parameter in parameters.items() if parameter.annotation in (str, str | None)}
-    places = iter([name for name in parameters if name not in _split(arguments)[1]])
+    flags = _split(arguments)[1]
+    # a parameter such as *words takes all that is left
+    places = chain.from_iterable(
+        repeat(name) if parameter.kind == parameter.VAR_POSITIONAL else [name]
+        for name, parameter in parameters.items()
+        if name not in flags
+    )
     result, rest = [], list(arguments)
     while rest:
         word = rest.pop(0)
@@ -94,8 +101,9 @@ def _quoted(text: str) -> str:
 
 def _check(name: str, command: Any, arguments: list[str]) -> None:
     parameters = inspect.signature(command).parameters.values()
-    named = {p.name: p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD}
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    takes_words = any(p.kind == p.VAR_POSITIONAL for p in parameters)
     values, flags = _split(arguments)
     for flag in flags:
         if flag not in named and flag.removeprefix("no") not in named and not takes_all:
@@ -103,8 +111,8 @@ def _check(name: str, command: Any, arguments: list[str]) -> None:
             raise ConfigError(
                 f"{name}: there is no option --{flag}{f'. Did you mean --{near[0]}?' if near else ''}\n  do:    see megavlm {name} --help"
             )
-    places = [n for n in named if n not in flags]
-    if len(values) > len(places):
+    places = [n for n, parameter in named.items() if n not in flags and parameter.kind != parameter.KEYWORD_ONLY]
+    if len(values) > len(places) and not takes_words:
         raise ConfigError(
             f"{name}: {values[len(places)]!r} is one value too many\n  do:    quote what has spaces; see megavlm {name} --help"
         )

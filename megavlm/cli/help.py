@@ -34,7 +34,11 @@ def names_in(group: Any) -> list[str]:
 def options_of(command: Callable) -> list[str]:
     """The options of a command, as they are typed."""
     parameters = inspect.signature(command).parameters.values()
-    return [f"--{p.name.replace('_', '-')}" for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is not p.empty]
+    return [
+        f"--{p.name.replace('_', '-')}"
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is not p.empty
+    ]
 
 
 def _of_group(words: str, group: Any) -> str:

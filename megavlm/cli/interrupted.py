@@ -12,6 +12,8 @@ KEPT = {
     "judge": "the answers so far are in RUN/judged/; the figures are written at the end, so it starts anew",
     "checkpoint prune": f"what was removed is gone, the other checkpoints are intact; {AGAIN}",
     "board": "the run is as it was",
+    "batch": "the answers and pictures so far are in the new folder; remove it, or name another",
+    "serve": "the conversations are gone",
     "submit": "see `squeue --me` for what was submitted before",
 }
 """The first words of a command → what is kept of it."""

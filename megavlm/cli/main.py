@@ -4,11 +4,10 @@ import logging
 import os
 import sys
 import warnings
-from pathlib import Path
 
 import megavlm
 from megavlm.cli.analyze import AnalyzeCommands
-from megavlm.cli.arguments import Positive, asks_for_help, check_arguments
+from megavlm.cli.arguments import asks_for_help, check_arguments
 from megavlm.cli.board import BoardCommands
 from megavlm.cli.completion import completion_script
 from megavlm.cli.data import DataCommands
@@ -17,13 +16,14 @@ from megavlm.cli.interrupted import what_is_kept
 from megavlm.cli.judge import JudgeCommands
 from megavlm.cli.recipes import InitCommand, RecipeCommands
 from megavlm.cli.runs import CheckpointCommands, RunCommands
+from megavlm.cli.talk import TalkCommands
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.system.progress import Console, be_quiet
 
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
 
 
-class Commands(RunCommands, BoardCommands, InitCommand):
+class Commands(RunCommands, BoardCommands, InitCommand, TalkCommands):
     """Train unified vision-language models, spending fewer FLOPs on image tokens.
 
     A run is a recipe: a YAML file, or the name of one that ships with megavlm. Every setting of it can be changed on the
@@ -70,24 +70,6 @@ class Commands(RunCommands, BoardCommands, InitCommand):
 
         model, parts = load_trained(str(run), overrides)
         print(json.dumps(evaluate(model, parts.config.validation), indent=2))
-
-    def generate(self, run: str, prompt: str, out: str = "grid.png", num: Positive = 10, **overrides):
-        """Draw images for a prompt with a checkpoint, by default a run's newest one.
-
-        Args:
-            run: The run folder, or one checkpoint in it.
-            prompt: What to draw: "a handwritten seven".
-            out: Where the grid of drawings goes (PNG).
-            num: How many.
-            overrides: Settings to change: --evaluation.temperature=0.8 --evaluation.top_k=8 --seed=1
-        """
-        from megavlm.parts.trained import load_trained
-        from megavlm.system.pictures import save_grid
-
-        model, _ = load_trained(str(run), overrides)
-        images = model.image_tokenizer.decode(model.draw([str(prompt)] * num))
-        save_grid(images, [""] * num, Path(str(out)), title=str(prompt))
-        print(f"{num} drawings of {prompt!r}: {out}")
 
     def doctor(self):
         """Say what this machine can do, which versions are installed and what is missing."""

@@ -88,16 +88,19 @@ class RunCommands:
 
         print(json.dumps(replay(str(run), step), indent=2))
 
-    def export(self, source: str, out: str):
-        """Write the weights of a checkpoint as a folder that `transformers` loads (safetensors).
+    def export(self, source: str, out: str, dtype: str = "float32"):
+        """Write the weights of a checkpoint as a folder that `transformers` loads (safetensors), with the image tokenizer.
+
+        `ask`, `generate`, `batch`, `serve`, `evaluate` and `judge` take the folder in place of a run.
 
         Args:
             source: A run folder (its newest checkpoint) or one checkpoint.
             out: The folder to write; it must not exist.
+            dtype: Type of the weights: float32 or bfloat16.
         """
         from megavlm.parts.export import export
 
-        print(f"{out}: {export(Path(str(source)), Path(str(out)))}")
+        print(f"{out}: {export(Path(str(source)), Path(str(out)), dtype)}")
 
     def study(
         self, study: str, parallel: Positive = 1, processes: Positive = 1, array: str | None = None, report_only: bool = False, **overrides

@@ -16,6 +16,7 @@ from megavlm.data.pack.encode import Encoder
 from megavlm.data.pack.pack import Costing
 from megavlm.data.read.source import ShardPatterns
 from megavlm.evaluation.batches import BATCH_TOKENS
+from megavlm.evaluation.prompts import Part
 from megavlm.evaluation.sampling import draw_images
 from megavlm.image_tokenizers.protocol import ImageTokenizer
 from megavlm.model.backbone import Backbone
@@ -66,11 +67,11 @@ class TrainedModel:
     def image_tokenizer(self) -> ImageTokenizer:
         return self.encoder.image_tokenizer
 
-    def draw(self, prompts: Sequence[str], *coordinates: int) -> np.ndarray:
+    def draw(self, prompts: Sequence[str | Sequence[Part]], *coordinates: int) -> np.ndarray:
         """Codes ``[len(prompts), h, w]``, sampled as the recipe's ``evaluation`` says.
 
         Args:
-            prompts: What to draw.
+            prompts: What to draw: texts, or texts and images in order each.
             coordinates: Name the stream of random numbers, together with the run's seed.
         """
         config = self.config

@@ -11,6 +11,7 @@ from megavlm.config.load import read_settings
 from megavlm.engine.weights import load_weights
 from megavlm.evaluation.trained import TrainedModel
 from megavlm.model.attention import fits_fused
+from megavlm.parts.exported import is_export, load_exported
 from megavlm.parts.parts import Parts
 from megavlm.runs.checkpoints import check_run, locate
 from megavlm.runs.folder import RunFolder
@@ -42,21 +43,24 @@ def load_trained(run: str | Path, overrides: dict[str, Any] | None = None, *, in
     """The weights of a checkpoint, by default a run's newest one, in this one process, and the parts of its configuration.
 
     Args:
-        run: The run folder, or one checkpoint in it.
+        run: The run folder, or one checkpoint in it, or a folder that `megavlm export` wrote.
         overrides: Settings to change, as on the command line.
         in_float32: Whatever the training's precision was. Otherwise it is the training's on CUDA, and float32 on a CPU.
 
     Raises:
         MegavlmError: If there is no checkpoint, or it is damaged.
     """
-    folder, checkpoint = locate(run)
-    config = load_run_config(folder, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parts = Parts(config, device)
-    backbone = parts.make_backbone()
-    load_weights(checkpoint, backbone)
+    if is_export(Path(run)):
+        folder, checkpoint = RunFolder(run), Path(run)
+        backbone, parts = load_exported(checkpoint, overrides or {}, device)
+    else:
+        folder, checkpoint = locate(run)
+        parts = Parts(load_run_config(folder, overrides), device)
+        backbone = parts.make_backbone()
+        load_weights(checkpoint, backbone)
     backbone.to(device).eval()
-    if device.type == "cuda" and config.model.is_bfloat16("cuda") and fits_fused(parts.shape.head_width) and not in_float32:
+    if device.type == "cuda" and parts.config.model.is_bfloat16("cuda") and fits_fused(parts.shape.head_width) and not in_float32:
         to_bfloat16(backbone)
     model = TrainedModel(
         folder=folder,
@@ -65,7 +69,7 @@ def load_trained(run: str | Path, overrides: dict[str, Any] | None = None, *, in
         encoder=parts.encoder,
         costing=parts.inference_costing,
         device=device,
-        config=config.evaluation,
-        seed=config.seed,
+        config=parts.config.evaluation,
+        seed=parts.config.seed,
     )
     return model, parts

@@ -1,5 +1,6 @@
 """Pictures for people: grids of images with captions. Texts in them may be anything that a user or a model has written."""
 
+import io
 import math
 import re
 import textwrap
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -81,3 +83,10 @@ def save_grid(images: Collection[np.ndarray], captions: Sequence[str], path: Pat
     if title:
         figure.suptitle(plain(title, max(20, 16 * columns)), fontsize=11)
     save_figure(figure, path, dpi=100)
+
+
+def png(image: np.ndarray) -> bytes:
+    """An image ``[H, W, 3]`` as the bytes of a PNG."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "PNG")
+    return content.getvalue()

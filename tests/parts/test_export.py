@@ -1,13 +1,21 @@
 """An exported folder gives the same logits in `transformers`, and weights can begin another run."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megavlm.engine.weights import load_weights
 from megavlm.errors import ConfigError, MegavlmError
+from megavlm.evaluation.prompts import to_read
+from megavlm.evaluation.sampling import answer
 from megavlm.parts.export import export
 from megavlm.parts.parts import Parts
 from megavlm.parts.trained import load_trained
@@ -89,3 +97,62 @@ def test_a_checkpoint_without_the_modules_of_a_policy_says_so(policy, words, mak
         load_trained(tmp_path / "run", {"routing.understanding": {"policy": policy}})
     other = make_config({"routing.understanding": {"policy": policy}, "init_from": str(tmp_path / "run")}, tmp_path / "other")
     load_initial_weights(str(tmp_path / "run"), Parts(other).make_causal_lm(), Parts(other).vocabulary)
+
+
+LINES = re.search(r"### Without megavlm.*?```python\n(.*?)```", (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(), re.DOTALL)
+
+
+def test_the_lines_of_the_documents_draw_and_answer_as_megavlm_does(make_config, tmp_path):
+    """They run in a process that cannot import megavlm, in a folder that holds nothing but the export."""
+    assert LINES
+    # an untrained model with small weights would say one thing for ever
+    settings = {"model.architecture": TINY["model.architecture"] | {"initializer_range": 0.5}, "evaluation.guidance": 2.0}
+    config = make_config(settings | {"checkpoint.every_steps": 1, "evaluation.top_k": 1}, tmp_path / "run")
+    run_ranks(1, train, config, 1)
+    export(tmp_path / "run", tmp_path / "elsewhere" / "out")
+    barred = "import sys\nsys.modules['megavlm'] = None\n"
+    shown = "\nprint(json.dumps({'drawn': drawn.tolist(), 'said': said.tolist(), 'answer': answer}))\n"
+    (tmp_path / "elsewhere" / "lines.py").write_text(barred + LINES[1] + shown)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "lines.py"]
+    done = subprocess.run(command, cwd=tmp_path / "elsewhere", env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])
+
+    model, _ = load_trained(tmp_path / "elsewhere" / "out")
+    codes = model.draw(["a handwritten seven"])
+    vocabulary = model.encoder.vocabulary
+    assert theirs["drawn"] == (codes.flatten() + vocabulary.first_code).tolist() and len(set(theirs["drawn"])) > 1
+    prompt = to_read(model.encoder, [model.image_tokenizer.decode(codes)[0], "Which digit is this?"])
+    (ours,) = answer(model.backbone, model.encoder, [prompt], model.costing, device=model.device, max_tokens=16)
+    assert theirs["answer"].strip() == ours.strip()
+    assert vocabulary.decode_text(theirs["said"]) == ours
+
+
+def test_an_export_in_bfloat16_is_the_run_rounded(make_config, tmp_path):
+    config = make_config({"checkpoint.every_steps": 1}, tmp_path / "run")
+    run_ranks(1, train, config, 1)
+    for dtype in ("float32", "bfloat16"):
+        export(tmp_path / "run", tmp_path / dtype, dtype)
+    whole, rounded = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16"))
+    assert all(rounded[name].equal(tensor.bfloat16()) for name, tensor in whole.items())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16").dtype == torch.bfloat16
+    assert load_trained(tmp_path / "bfloat16")[0].draw(["a seven"]).shape == (1, 8, 8)
+    with pytest.raises(MegavlmError, match="float16 is no type of exported weights"):
+        export(tmp_path / "run", tmp_path / "other", "float16")
+
+
+def test_an_export_carries_what_a_trained_route_and_features_need(make_config, tmp_path, digits_folder):
+    """Gates, which stock models have no place for; drawn along the route they decide with the run's weights."""
+    gated = {"policy": "mixture_of_depths"}
+    config = make_config({"checkpoint.every_steps": 1, "routing.generation": gated, "routing.understanding": gated}, tmp_path / "run")
+    run_ranks(1, train, config, 1)
+    assert "modules/modules.safetensors: gates." in export(tmp_path / "run", tmp_path / "out")
+    route = {"evaluation.route": "trained"}
+    ours, theirs = (load_trained(tmp_path / name, route)[0] for name in ("run", "out"))
+    gates = [{name: p for name, p in model.backbone.named_parameters() if "gates" in name} for model in (ours, theirs)]
+    assert gates[0] and all(tensor.equal(gates[1][name]) for name, tensor in gates[0].items())
+    assert (ours.draw(["a handwritten seven"] * 2) == theirs.draw(["a handwritten seven"] * 2)).all()
+    (tmp_path / "out" / "recipe.yaml").unlink()
+    with pytest.raises(MegavlmError, match="(?s)by an older megavlm.*export the run again"):
+        load_trained(tmp_path / "out")
