@@ -3,7 +3,7 @@
     to read    <bos> <boi> codes <eoi> Which digit is this?                     then the answer
     to draw    <bos> <boi> codes <eoi> the same, but thinner <boi> … <eoi>      the drawing is a placeholder
 
-The turns of a conversation follow each other without a mark, as in the training's LLaVA format.
+The turns of a conversation follow each other without a mark, as in the training's LLaVA format. Tested by `tests/talk/test_talker.py`.
 """
 
 from collections.abc import Sequence

@@ -53,6 +53,8 @@ def export(source: Path, out: Path, dtype: str = "float32") -> str:
     folder, checkpoint = locate(source)
     parts = Parts(load_run_config(folder))
     vocabulary, tokenizer_config = parts.vocabulary, parts.config.vocabulary.image_tokenizer
+    if tokenizer_config.kind != "pixel" and tokenizer_config.fingerprint not in (None, parts.image_tokenizer.fingerprint):
+        raise MegavlmError(f"{tokenizer_config.path} holds another image tokenizer than the run began with\n  do:    put that one back")
     backbone = parts.make_backbone()
     causal_lm = backbone.causal_lm
     load_weights(checkpoint, backbone)

@@ -6,6 +6,8 @@
 
 These are the words of the sets that `megavlm judge` reads; other keys are kept. OUT holds `index.jsonl`, a line per request with what was
 asked and the answer or the names of the pictures; and the pictures, numbered as the requests.
+
+Tested by `tests/talk/test_commands.py`.
 """
 
 import json

@@ -25,6 +25,9 @@ LEAST_PIXELS = 240
 # fonts that every machine has: those of gradio's themes would be fetched
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
 
+STYLE = 'button[aria-label="Share"] {display: none}'
+"""It would upload the conversation."""
+
 
 class Page:
     """Turns what is typed into requests, and what comes back into messages.
@@ -98,7 +101,7 @@ def mount(app: FastAPI, talker: Talker, line: Line, name: str) -> None:
                     file_types=["image"],
                     file_count="multiple",
                     show_label=False,
-                    placeholder="A question, or what to draw; add images with +",
+                    placeholder="A question, or what to draw; images with the paper clip",
                 )
             with gr.Column(scale=1):
                 settings = widgets(talker)
@@ -121,6 +124,7 @@ def mount(app: FastAPI, talker: Talker, line: Line, name: str) -> None:
         footer_links=[],
         allowed_paths=[str(folder)],
         theme=gr.themes.Base(**FONTS),
+        css=STYLE,
         enable_monitoring=False,
     )
 
@@ -135,7 +139,7 @@ def widgets(talker: Talker) -> list[Any]:
     with gr.Accordion("answers"):
         warmth = gr.Slider(0, 2, 0, step=0.05, label="temperature", info="0 takes the most likely token")
         max_tokens = gr.Slider(1, min(talker.longest, 1024), min(64, talker.longest), step=1, label="most tokens")
-    seed = gr.Textbox("", label="seed", info="empty: another one every time")
+    seed = gr.Textbox("", label="seed", info="empty: another one every time", elem_id="seed")
     return [guidance, temperature, top_k, warmth, max_tokens, seed]
 
 

@@ -13,6 +13,10 @@ import time
 import numpy as np
 import pytest
 
+from megavlm.parts.trained import load_trained
+from megavlm.talk.talker import Talker, Writing, last
+from megavlm.talk.words import read_picture
+
 BROWSER = [shutil.which(name) for name in ("chromium", "chromedriver")]
 NEEDED = {
     "gradio": importlib.util.find_spec("gradio"),
@@ -91,10 +95,22 @@ def replies(driver):
     return find(driver, ".message.bot")
 
 
+def wait_until_done(driver):
+    """The box takes the next text when the answer to the last one is whole."""
+    wait_for(
+        lambda: not find(driver, ".generating, .pending") and not find(driver, "textarea[data-testid=textbox]")[0].get_attribute("value")
+    )
+
+
 def requests_of(driver):
-    """The addresses that the browser asked for, and those that the page's policy kept it from."""
+    """The addresses that the browser asked for."""
     entries = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     return {entry["params"]["request"]["url"] for entry in entries if entry["method"] == "Network.requestWillBeSent"}
+
+
+def enlarged(image):
+    """As `megavlm.talk.page` shows small pictures; that module needs gradio."""
+    return image.repeat(30, 0).repeat(30, 1)
 
 
 def picture_of(driver, image):
@@ -109,25 +125,29 @@ def picture_of(driver, image):
     return np.array(data, np.uint8).reshape(height, width, 4)[..., :3]
 
 
-def test_one_asks_and_draws_without_a_network(page, browser, images):
+def test_one_asks_and_draws_without_a_network(page, browser, run, images):
+    talker = Talker(load_trained(run)[0])
+    asked = [read_picture(images / "0.png"), "Which digit is this?"]
+    said = last(talker.answer(asked, Writing(seed=3))).text
+    expected = last(talker.draw([*asked, said, "a seven"], talker.drawing_settings(seed=3))).pictures[0]
+
     browser.get(page)
-    wait_for(lambda: find(browser, "textarea[data-testid=textbox]"))
+    wait_for(lambda: find(browser, "#seed textarea, #seed input"))[0].send_keys("3")
     say(browser, "Which digit is this?", images / "0.png")
     wait_for(lambda: replies(browser))
-    assert wait_for(lambda: replies(browser)[0].text is not None)
-    shown = len(replies(browser))
+    wait_until_done(browser)
     find(browser, "input[type=radio][value=draw]")[0].click()
-    say(browser, "a handwritten seven")
-    image = wait_for(lambda: find(browser, ".message.bot img"))[-1]
-    wait_for(lambda: len(replies(browser)) > shown)
-    wait_for(lambda: not find(browser, ".message.pending, .generating"))
-    image = find(browser, ".message.bot img")[-1]
-    drawn = wait_for(lambda: (pixels := picture_of(browser, image)).size and pixels)
-    assert drawn.shape == (240, 240, 3)
-    elsewhere = {url for url in requests_of(browser) if not url.startswith((page, "data:", "blob:", "chrome:"))}
+    say(browser, "a seven")
+    wait_for(lambda: len(replies(browser)) == 2)
+    wait_until_done(browser)
+    drawn = wait_for(lambda: (pixels := picture_of(browser, find(browser, ".message.bot img")[-1])).size == 240 * 240 * 3 and [pixels])[0]
+    assert (drawn == enlarged(expected)).all(), "the whole conversation was the prompt"
+    asked_for = requests_of(browser)
+    assert len([url for url in asked_for if "/file=" in url]) > 3, "it grew"
+    elsewhere = {url for url in asked_for if not url.startswith((page, "data:", "blob:", "chrome:"))}
     assert not elsewhere, "the page wants what is not here"
     severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert not severe
+    assert not severe, "the browser was kept from something"
 
 
 def test_the_endpoint_alone_ends_in_one_line(run):
