@@ -54,12 +54,12 @@ def make_partitioned(make: Callable[[], Module], document: dict[str, Any], *, bf
     return module
 
 
-def shape_of(parameter: nn.Parameter) -> torch.Size:
+def shape_of(parameter: torch.Tensor) -> torch.Size:
     """The shape of a parameter, divided or not."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def write_whole(parameter: nn.Parameter, read: Callable[[], torch.Tensor] | None) -> None:
+def write_whole(parameter: torch.Tensor, read: Callable[[], torch.Tensor] | None) -> None:
     """Write a parameter, divided or not. Called by all ranks together if it is divided.
 
     Args:
@@ -78,13 +78,13 @@ def _initialized_whole() -> Iterator[None]:
     """Within it `transformers` initializes modules that are divided already: each is gathered for it."""
     initialize = PreTrainedModel._initialize_weights
 
-    def gathered(self: PreTrainedModel, module: nn.Module, *args: Any) -> None:
+    def gathered(self: PreTrainedModel, module: nn.Module, is_custom_code: bool = False) -> None:
         # what a module initializes beside its own: its children's
         touched = [*module.parameters(recurse=False), *(p for child in module.children() for p in child.parameters(recurse=False))]
         if getattr(module, "_is_hf_initialized", False):
             touched = []
         with _whole(touched):
-            initialize(self, module, *args)
+            initialize(self, module, is_custom_code)
 
     PreTrainedModel._initialize_weights = gathered
     try:
@@ -98,7 +98,7 @@ def _whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Within it parameters are whole, in float32 on the CPU, where random numbers are drawn the same everywhere."""
     import deepspeed
 
-    divided = {parameter.ds_id: parameter for parameter in parameters if hasattr(parameter, "ds_id")}
+    divided = {id(parameter): parameter for parameter in parameters if hasattr(parameter, "ds_id")}
     if not divided:
         yield
         return

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import Metadata, TensorStorageMetadata, api, filesystem, state_dict_loader
+from torch.distributed.checkpoint import api, filesystem, state_dict_loader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megavlm.errors import MegavlmError
 from megavlm.runs.manifest import verify

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch.utils import deterministic
 
 from megavlm.errors import ConfigError
 
@@ -26,5 +27,5 @@ def be_deterministic() -> None:
         )
     torch.use_deterministic_algorithms(True)
     # every value is written before it is read: nothing needs to be filled first
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] (torch sets it on the module's class)
     torch.backends.cudnn.benchmark = False

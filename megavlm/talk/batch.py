@@ -56,7 +56,7 @@ class Request(BaseModel):
         """Images, then the text. Raises MegavlmError for an image that cannot be used."""
         text = self.question if self.question is not None else self.prompt
         assert text is not None
-        return [*(read_picture(folder / name) for name in self.images or [self.image] * bool(self.image)), text]
+        return [*(read_picture(folder / name) for name in self.images or ([self.image] if self.image else [])), text]
 
 
 class Batch:

@@ -198,8 +198,7 @@ Step = TypeVar("Step")
 
 def last(steps: Iterator[Step]) -> Step:
     """The last step: the whole answer or drawing."""
-    for step in steps:
-        final = step
+    *_, final = steps
     return final
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
 from megavlm.engine.partition import shape_of, write_whole
@@ -140,7 +139,7 @@ def _by(shape: torch.Size) -> str:
     return " x ".join(map(str, shape)) or "a number"
 
 
-def _tensors(causal_lm: PreTrainedModel) -> dict[str, nn.Parameter]:
+def _tensors(causal_lm: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What a model's weights consist of: parameters, tied ones once, and buffers that are saved."""
     saved = set(causal_lm.state_dict())
     buffers = {name: buffer for name, buffer in causal_lm.named_buffers() if name in saved}
