@@ -4,6 +4,7 @@ Letters: N drawings of one request, H and W pixels, C colours, h and w rows and 
 """
 
 import secrets
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -198,8 +199,7 @@ Step = TypeVar("Step")
 
 def last(steps: Iterator[Step]) -> Step:
     """The last step: the whole answer or drawing."""
-    *_, final = steps
-    return final
+    return deque(steps, maxlen=1).pop()
 
 
 def random_seed() -> int:
