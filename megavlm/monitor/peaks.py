@@ -55,6 +55,12 @@ def peak_tflops_here(device: torch.device, dtype: torch.dtype) -> float | None:
     return peak_tflops_of(torch.cuda.get_device_name(device))
 
 
+def peak_flops_per_s(device: torch.device) -> float | None:
+    """The same in FLOP/s, for bfloat16."""
+    peak = peak_tflops_here(device, torch.bfloat16)
+    return peak * 1e12 if peak else None
+
+
 def utilisation(values: Mapping[str, float], peak_tflops: float | None) -> dict[str, float]:
     """Model FLOPs utilisation (MFU) as TensorBoard tag → share of the peak; empty if the peak is not known.
 

@@ -55,7 +55,7 @@ def products(context: Context, name: str) -> Outcome:
 
 def below_sheet(context: Context, flops_per_s: float) -> list[str]:
     """What to say of a device that is far below its data sheet."""
-    from tools.gpu.peaks import peak_flops_per_s
+    from megavlm.monitor.peaks import peak_flops_per_s
 
     peak = peak_flops_per_s(context.device)
     if peak is None or flops_per_s >= LEAST_OF_SHEET * peak:

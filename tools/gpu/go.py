@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
+from megavlm.monitor.peaks import peak_flops_per_s
 from tools.gpu import ceilings, parity
 from tools.gpu.context import Context, Item, Outcome
-from tools.gpu.peaks import peak_flops_per_s
 from tools.gpu.steps import Steps
 
 NUM_STEPS = 8

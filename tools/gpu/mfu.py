@@ -9,9 +9,9 @@ import math
 from functools import partial
 from typing import Any
 
+from megavlm.monitor.peaks import peak_flops_per_s
 from tools.gpu.context import Context, Item, Outcome
 from tools.gpu.models import ROUTES
-from tools.gpu.peaks import peak_flops_per_s
 from tools.gpu.steps import Steps, Variant
 
 BASE = "as it is"
