@@ -51,15 +51,15 @@ class Page:
             mode: Ask or draw.
             chat: Messages so far.
             said: Texts and images so far, in order.
-            settings: As `widgets` has them.
+            settings: Whether these stand before the request; then as `widgets` has them.
         """
-        guidance, temperature, top_k, warmth, max_tokens, seed = settings
+        remembers, guidance, temperature, top_k, warmth, max_tokens, seed = settings
         seed = seed.strip() or random_seed()
         text = typed["text"].strip()
         try:
             if not text:
                 raise MegavlmError(f"there is nothing to {mode}\n  do:    write a {'question' if mode == ASK else 'description'}")
-            parts = [*said, *(read_picture(Path(path)) for path in typed["files"]), text]
+            parts = [*(said if remembers else []), *(read_picture(Path(path)) for path in typed["files"]), text]
             chat = [*chat, *(_message("user", {"path": path}) for path in typed["files"]), _message("user", text)]
             if mode == ASK:
                 writing = read_settings(Writing, {"temperature": warmth, "max_tokens": max_tokens, "seed": seed})
@@ -96,7 +96,10 @@ def mount(app: FastAPI, talker: Talker, line: Line, name: str) -> None:
             with gr.Column(scale=3):
                 gr.Markdown(f"### {name}")
                 chat = gr.Chatbot(show_label=False, height=520, buttons=["copy"], allow_tags=False)
-                mode = gr.Radio([ASK, DRAW], value=ASK, show_label=False)
+                with gr.Row():
+                    mode = gr.Radio([ASK, DRAW], value=ASK, show_label=False)
+                    # off: most models have seen single requests only
+                    remembers = gr.Checkbox(False, label="go on from what was said before", elem_id="remembers")
                 box = gr.MultimodalTextbox(
                     file_types=["image"],
                     file_count="multiple",
@@ -107,7 +110,7 @@ def mount(app: FastAPI, talker: Talker, line: Line, name: str) -> None:
                 settings = widgets(talker)
         typed = box.submit(
             page.respond,
-            [box, mode, chat, said, *settings],
+            [box, mode, chat, said, remembers, *settings],
             [chat, said],
             concurrency_limit=16,
             show_progress="hidden",

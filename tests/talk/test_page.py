@@ -125,23 +125,34 @@ def picture_of(driver, image):
     return np.array(data, np.uint8).reshape(height, width, 4)[..., :3]
 
 
+def drawn_last(driver):
+    """The last drawing of the conversation, once it is whole."""
+    return wait_for(lambda: (pixels := picture_of(driver, find(driver, ".message.bot img")[-1])).size == 240 * 240 * 3 and [pixels])[0]
+
+
 def test_one_asks_and_draws_without_a_network(page, browser, run, images):
     talker = Talker(load_trained(run)[0])
     asked = [read_picture(images / "0.png"), "Which digit is this?"]
     said = last(talker.answer(asked, Writing(seed=3))).text
     expected = last(talker.draw([*asked, said, "a seven"], talker.drawing_settings(seed=3))).pictures[0]
+    alone = last(talker.draw(["a seven"], talker.drawing_settings(seed=3))).pictures[0]
 
     browser.get(page)
     wait_for(lambda: find(browser, "#seed textarea, #seed input"))[0].send_keys("3")
     say(browser, "Which digit is this?", images / "0.png")
     wait_for(lambda: replies(browser))
     wait_until_done(browser)
+    find(browser, "#remembers input")[0].click()
     find(browser, "input[type=radio][value=draw]")[0].click()
     say(browser, "a seven")
     wait_for(lambda: len(replies(browser)) == 2)
     wait_until_done(browser)
-    drawn = wait_for(lambda: (pixels := picture_of(browser, find(browser, ".message.bot img")[-1])).size == 240 * 240 * 3 and [pixels])[0]
-    assert (drawn == enlarged(expected)).all(), "the whole conversation was the prompt"
+    assert (drawn_last(browser) == enlarged(expected)).all(), "the whole conversation was the prompt"
+    find(browser, "#remembers input")[0].click()
+    say(browser, "a seven")
+    wait_for(lambda: len(replies(browser)) == 3)
+    wait_until_done(browser)
+    assert (drawn_last(browser) == enlarged(alone)).all(), "the request alone was the prompt"
     asked_for = requests_of(browser)
     assert len([url for url in asked_for if "/file=" in url]) > 3, "it grew"
     elsewhere = {url for url in asked_for if not url.startswith((page, "data:", "blob:", "chrome:"))}
