@@ -89,6 +89,10 @@ def test_every_setting_has_a_description():
         ({"optimizer.weight_decay": ".nan"}, "optimizer.weight_decay: Input should be a finite number"),
         ({"data.pack_tokens": 10**12}, "data.pack_tokens"),
         ({"seed": 2**63}, "a number beyond 64 bits"),
+        (
+            {"routing.generation": {"policy": "mixture_of_depths", "first_layer": 1}},
+            "routing.generation.first_layer: there is no such setting (value 1). Another kind of routing.generation has it",
+        ),
         ({"init_from": "a" * 256}, "init_from: has a part of more than 255 bytes"),
         ({"run_dir": "runs/" + "ü" * 128}, "run_dir: has a part of more than 255 bytes"),
         ({"optimizer.warmup_steps": 7}, "optimizer.warmup_steps: the warm-up of 7 steps is longer than the run of 6"),

@@ -46,7 +46,9 @@ def _describe(mistake: Mapping[str, Any], tree: Any, root: type[Settings]) -> tu
         tree = tree[part] if is_there else None
     path, value = ".".join(parts), mistake["input"]
     if mistake["type"] == "extra_forbidden":
-        instead = SOUGHT.get(parts[-1]) or f"Did you mean {nearest_path(path, root)}?"
+        near = nearest_path(path, root)
+        guess = f"Did you mean {near}?" if near != path else f"Another kind of {'.'.join(parts[:-1])} has it, the one chosen here has not."
+        instead = SOUGHT.get(parts[-1]) or guess
         return path, f"{path}: there is no such setting (value {shown(value)}). {instead[0].upper()}{instead[1:]}"
     if mistake["type"] == "missing":
         example = f", for example {EXAMPLES[path]}" if root is RunConfig and path in EXAMPLES else ""
