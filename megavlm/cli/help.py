@@ -52,11 +52,9 @@ def _of_group(words: str, group: Any) -> str:
     return "\n".join(
         [
             f"usage: {words} COMMAND …",
-            "",
             "\n\n".join(about),
             "",
             *lines,
-            "",
             f"{words} COMMAND --help says more.{END if words == 'megavlm' else ''}",
         ]
     )

@@ -42,11 +42,16 @@ def serve(run: str, host: str, port: int, overrides: dict[str, Any], *, has_page
         if has_page:
             page.mount(app, talker, line, name=run)
         port = listener.getsockname()[1]
-        print(f"{model.checkpoint}: http://{host}:{port}   (endpoint: /v1, Ctrl-C ends it)", flush=True)
-        if not _is_loopback(host):
-            print(f"whoever reaches port {port} of this machine can use the model", flush=True)
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets=None) -> None:
+                await super().startup(sockets)
+                print(f"{model.checkpoint}: http://{host}:{port}   (endpoint: /v1, Ctrl-C ends it)", flush=True)
+                if not _is_loopback(host):
+                    print(f"whoever reaches port {port} of this machine can use the model", flush=True)
+
         try:
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
+            Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
         finally:
             line.close()
 

@@ -12,12 +12,17 @@ from megavlm.cli import main as cli
 from megavlm.monitor.board import Board
 
 
+def heeds_ctrl_c():
+    """In the child: whoever starts the tests in the background of a script has told them, and all that they start, to ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_the_page_has_the_layout(tmp_path):
     board = Board(tmp_path / "run" / "tensorboard", 1, True)
     board.scalars({"loss/generation": 1.0}, 1)
     board.close()
     command = [sys.executable, "-m", "megavlm", "board", tmp_path / "run", "--port=0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c) as server:
         try:
             assert server.stdout is not None
             address, _, page = server.stdout.readline().strip().partition("#")

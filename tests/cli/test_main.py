@@ -122,6 +122,7 @@ def test_a_text_model_from_a_text_file(monkeypatch, tmp_path, capsys):
 
 
 def test_inspect_shows_samples_problems_and_a_contact_sheet(monkeypatch, digits_folder, tmp_path, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     broken = tmp_path / "broken.tar"
     broken.write_bytes((digits_folder / "generation-test-00.tar").read_bytes()[:50_000])
     megavlm(monkeypatch, "data", "inspect", f"{digits_folder}/understanding-train-{{00..01}}.tar", "--out", tmp_path / "a.png")

@@ -35,6 +35,7 @@ def megavlm(monkeypatch, capsys, *arguments):
 
 
 def test_list_verify_and_prune(run, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     lines = megavlm(monkeypatch, capsys, "checkpoint", "list", run).splitlines()
     assert [line.split()[0] for line in lines[1:]] == [f"step-{step:08d}" for step in (2, 3, 4, 5)]
     assert "loss/generation" in lines[1]

@@ -1,7 +1,6 @@
 """A start in a folder that holds a run: every changed setting holds, or is refused by its name."""
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +8,10 @@ import torch
 from megavlm.errors import ConfigError
 from megavlm.parts import resolve as resolving
 from megavlm.runs.folder import RunFolder
+from megavlm.system.world import World
 from megavlm.vocabulary import train_text_model
 
-WORLD = SimpleNamespace(size=1, device=torch.device("cpu"), is_main=True, gather=lambda value: [value])
+WORLD = World(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.fixture

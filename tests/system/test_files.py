@@ -127,6 +127,7 @@ WITH_REASON = {
     "monitor/event_file.py": "record by record",
     "data/tools/describe.py": "a page for people",
     "engine/watchdog.py": "stacks, straight from the interpreter",
+    "talk/batch.py": "lines as they come, for people",
     "evaluation/sets/judge.py": "lines as they come; what is read again is the JSON beside them",
     "image_tokenizers/compressed.py": "in a folder that is written whole",
     "parts/export.py": "in a folder that is written whole",

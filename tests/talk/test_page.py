@@ -31,10 +31,22 @@ FLAGS = [
 ]
 
 
+def heeds_ctrl_c():
+    """In the child: whoever starts the tests in the background of a script has told them, and all that they start, to ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(run, *flags):
     """A server as a user starts it, and its address."""
     command = [sys.executable, "-m", "megavlm", "serve", str(run), "--port=0", *flags]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=heeds_ctrl_c,
+    )
     line = server.stdout.readline()
     assert "http://127.0.0.1:" in line, line + server.communicate(timeout=60)[1]
     return server, re.search(r"http://\S+", line)[0]

@@ -50,7 +50,8 @@ def test_lines_of_several_files_are_no_duplicates(tmp_path):
     assert len(lint([str(tmp_path / f"{name}.tar") for name in "de"], OURS).problems) == 1
 
 
-def test_inspect_and_lint_let_images_go(tmp_path):
+def test_inspect_and_lint_let_images_go(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     """Images of 3 MB, a third of them in broken samples: what is held does not grow with their number."""
     Image.fromarray(np.zeros((1024, 1024, 3), np.uint8)).save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes() + b"\0" * 1_000_000
