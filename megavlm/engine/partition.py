@@ -21,7 +21,8 @@ def make_partitioned(make: Callable[[], Module], document: dict[str, Any], *, bf
     """A module under ZeRO-3, with the very weights that it would have without. Called by all ranks together.
 
     Every rank draws all weights, in the constructor's order and in float32 on the CPU, and keeps its part: a seed gives the same ones at
-    any number of processes. A process holds its part, and a few times the largest tensor while that is drawn.
+    any number of processes. A process needs its part, and a few times the largest tensor while that is drawn;
+    what the C library keeps of freed memory comes on top (`tools/bench_start.py`).
 
     Args:
         make: The constructor; may hold stock models of `transformers`.
