@@ -14,7 +14,9 @@ class AnalyzeCommands:
     """
 
     def attention(self, run: str, shards=None, num_packs: Positive = 8, num_rows: Positive = 64, **overrides):
-        """Say where attention goes, by layer, key/value head, task, and kind of query (text or image).
+        """Say where attention goes, by layer, head, task and kind of query.
+
+        Heads are key/value heads; a query is text or image.
 
         The figures: shares on text, image, special and sink tokens, entropy, and the effective number of image tokens. Some rows of every
         sequence are computed again in float32, from the queries and keys that the fused kernel gets.
@@ -41,13 +43,12 @@ class AnalyzeCommands:
         keep_ratios=(0.1, 0.25, 0.5, 0.75),
         **overrides,
     ):
-        """Say how much the losses rise when image tokens leave after a layer; suggest a route for a share of the FLOPs.
+        """Say what it costs when image tokens leave; suggest a route.
 
             megavlm analyze drops runs/mine --flops_share=0.6
 
-        Images that are read leave for good. Images that are drawn carry a loss, so they come back for the last layer. With --flops_share,
-        bypasses of a part of the tokens are tried as well; the block `routing:` of a recipe is printed, and written to
-        RUN/analysis/route.yaml. Nothing is trained: the rise is the cost for a model that has not learnt to live without these tokens.
+        Images that are read leave for good after a layer; images that are drawn come back for the last one. With --flops_share, bypasses
+        are tried as well, and RUN/analysis/route.yaml is written. Nothing is trained.
 
         Args:
             run: The run folder (the newest checkpoint is used), or one checkpoint in it.

@@ -13,7 +13,9 @@ class BoardCommands:
     """A part of the commands of `megavlm`, which inherit from it."""
 
     def board(self, run: str, port: NotNegative = 6006):
-        """Show a run, a study or a folder of runs in TensorBoard, the losses first. Ctrl-C ends it.
+        """Show runs in TensorBoard, the losses first.
+
+        A run, a study or a folder of runs. Ctrl-C ends it.
 
         Args:
             run: The run folder, a study's folder, or a folder with several of them.

@@ -33,29 +33,31 @@ class CompressorCommands:
         device: str = "",
         **overrides,
     ):
-        """Train a UniCompress plug-in, so that a recipe's image tokenizer needs fewer tokens per image; see docs/compress.md.
+        """Train a UniCompress plug-in: fewer tokens per image.
 
-            megavlm data compressor digits "data/digits/generation-train-{00..07}.tar" data/digits/compressor --factor=2
+        See docs/compress.md.
+
+            megavlm data compressor digits "data/digits/generation-train-{00..07}.tar" out
 
         Args:
-            recipe: The recipe with the image tokenizer: a YAML file, or a name such as `digits`.
-            shards: Path or URL, braces expand; with raw images, or codes of that tokenizer.
-            out: Folder to write: weights, metrics.json, reconstructions.png.
-            factor: 2 pools blocks of 2 x 2 codes (4 times fewer tokens), 4 pools blocks of 4 x 4 (16 times fewer).
+            recipe: The recipe with the image tokenizer.
+            shards: With raw images, or codes of that tokenizer.
+            out: Folder to write, with reconstructions.png.
+            factor: 2 or 4: blocks of 2 x 2 or 4 x 4 codes become one.
             num_global: Global tokens per image.
             codebook_size: Entries of the plug-in's codebook.
             hidden_width: Width inside the plug-in.
             num_layers: Layers of the decompressor.
             num_heads: Attention heads.
-            embedding_width: Width of the learned embeddings, where the tokenizer has none of its own.
+            embedding_width: Of codes, where the tokenizer has none.
             steps: Optimizer steps.
             batch_images: Images per step.
             learning_rate: Peak of the learning rate.
             max_images: Most images to read.
             seed: Seed of weights and data order.
-            format: How samples are written; as the indexes say if not given.
-            device: cpu or cuda; by default cuda where there is a GPU.
-            overrides: Settings of the recipe to change: --vocabulary.image_tokenizer='{kind: vq, path: data/vq, height: 8, width: 8}'
+            format: Of the samples, if the indexes do not say it.
+            device: cpu or cuda; cuda where there is a GPU.
+            overrides: Settings of the recipe to change.
         """
         import torch
         from pydantic import ValidationError

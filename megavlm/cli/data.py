@@ -15,7 +15,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
     """Write data, inspect it, and simulate how it packs."""
 
     def digits(self, out: str):
-        """Write the benchmark `digits` as WebDataset shards, with its text model.
+        """Write the benchmark `digits`: shards and text model.
 
         It has real handwritten digits, 8x8 pixels, as questions about images and as requests for images.
 
@@ -28,7 +28,7 @@ class DataCommands(TokenizerCommands, CompressorCommands):
         print(f"{out}: {len(written)} shards with {sum(written.values())} samples, and text.model")
 
     def shapes(self, out: str, pixels: int = 32, num_train: Positive = 20000, num_test: Positive = 1000, seed: int = 0):
-        """Write the benchmark `shapes` as WebDataset shards, with its text model.
+        """Write the benchmark `shapes`: shards and text model.
 
         It has scenes of one to four coloured shapes, as questions with exact answers and as requests for images.
 
@@ -65,7 +65,9 @@ class DataCommands(TokenizerCommands, CompressorCommands):
             print(f"{url}: {write_index(Path(local_path(url)), format or None).samples} samples")
 
     def build(self, source: str, out: str, samples_per_shard: Positive = 1000, image_root: str = "", held_out: float = 0.0):
-        """Write shards, with an index beside each, from a folder of images with captions, a JSONL file, or a table. See docs/own-data.md.
+        """Write shards from images with captions, JSONL, or a table.
+
+        An index lies beside each shard. See docs/own-data.md.
 
             megavlm data build photos data/captions --held_out=0.1
             megavlm data build "vqa/train-*.parquet" data/vqa

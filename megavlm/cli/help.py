@@ -8,6 +8,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 WIDTH = 80
+LINES = 24
 END = " With --quiet: results and warnings only."
 KINDS = {int: "N", float: "NUMBER", str: "TEXT"}
 
@@ -73,8 +74,14 @@ def _of_command(words: str, command: Callable) -> str:
         else:
             options.append((_option(parameter), _with_default(text, parameter.default)))
     usage = " ".join([f"usage: {words}", *(name for name, _ in needed), *(["[--OPTION=…]"] if options else [])])
-    parts = [usage, *(_filled(part) for part in about.strip().split("\n\n")), _table([*needed, *options])]
-    return "\n\n".join(part for part in parts if part)
+    table = _table([*needed, *options])
+    says, *more = (_filled(part) for part in about.strip().split("\n\n"))
+    for parts in ([usage, says, *more], [usage, says, *(part for part in more if part.startswith("    "))]):
+        text = "\n\n".join(part for part in (*parts, table) if part)
+        if len(text.splitlines()) <= LINES:
+            return text
+    # the options are what one looks for
+    return re.sub("\n\n+", "\n", text)
 
 
 def _described(arguments: str) -> dict[str, str]:
@@ -90,21 +97,24 @@ def _option(parameter: inspect.Parameter) -> str:
 
 
 def _kind(annotation: Any, default: Any) -> str:
-    """The kind of value in a word; nothing for a switch."""
+    """The kind of value in a word; nothing for a switch, and what turns it off for one that is on."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(kind for kind in get_args(annotation) if kind is not NoneType)
     if annotation is inspect.Parameter.empty:
         annotation = type(default)
-    return "" if annotation is bool else KINDS.get(annotation, "VALUE")
+    if annotation is bool:
+        return "False" if default else ""
+    return KINDS.get(annotation, "VALUE")
 
 
 def _with_default(text: str, default: Any) -> str:
     if default in (None, "", False) or default == 0:
         return text
     shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-    return f"{text} [{shown}]"
+    # the text of an option says what a long default is
+    return f"{text} [{shown}]" if len(shown) <= 24 else text
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

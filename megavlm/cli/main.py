@@ -38,7 +38,7 @@ class Commands(RunCommands, BoardCommands, InitCommand, TalkCommands):
         self.analyze = AnalyzeCommands()
 
     def train(self, recipe: str, profile: bool = False, **overrides):
-        """Train a recipe, or go on with it if its run folder holds a checkpoint.
+        """Train a recipe, or go on with it from its checkpoint.
 
         Alone, or one process per GPU under torchrun, the deepspeed launcher or srun: which one is found out from the environment.
 
@@ -55,7 +55,9 @@ class Commands(RunCommands, BoardCommands, InitCommand, TalkCommands):
         train(str(recipe), overrides | ({"profile.enabled": True} if profile else {}))
 
     def evaluate(self, run: str, **overrides):
-        """Judge a checkpoint, by default a run's newest one, on held-out data; writes RUN/evaluation.json and RUN/drawings.png.
+        """Judge a checkpoint on held-out data.
+
+        By default a run's newest one. Writes RUN/evaluation.json and RUN/drawings.png.
 
         With a benchmark its questions and judge. Without one losses, exact match (RUN/answers.jsonl) and drawings of held-out samples.
 
@@ -72,7 +74,7 @@ class Commands(RunCommands, BoardCommands, InitCommand, TalkCommands):
         print(json.dumps(evaluate(model, parts.config.validation), indent=2))
 
     def doctor(self):
-        """Say what this machine can do, which versions are installed and what is missing."""
+        """Say what this machine can do, and what is missing."""
         from rich import print as show
 
         from megavlm.launch.doctor import examine

@@ -19,7 +19,7 @@ class CheckpointCommands:
         print(table(Path(str(run))))
 
     def verify(self, path: str):
-        """Read every file of a checkpoint, or of all checkpoints of a run, and compare it with the manifest.
+        """Compare the files of one or all checkpoints with the manifest.
 
         Ends with status 1 if anything is damaged.
 
@@ -41,7 +41,7 @@ class CheckpointCommands:
         keep_best: int | None = None,
         dry_run: bool = False,
     ):
-        """Remove checkpoints by the run's own retention rule, or by a stricter one.
+        """Remove checkpoints by the run's own rule, or by a stricter one.
 
         Args:
             run: The run folder. The run may be in progress.
@@ -76,7 +76,9 @@ class RunCommands:
         print(describe_status(str(run)))
 
     def replay(self, run: str, step: int | None = None):
-        """Run the packs of a skipped step again and say what each of them does; the report is JSON.
+        """Run the packs of a skipped step again: what does each of them do?
+
+        The report is JSON.
 
         Args:
             run: The run folder; or one checkpoint in it, for the weights.
@@ -89,7 +91,9 @@ class RunCommands:
         print(json.dumps(replay(str(run), step), indent=2))
 
     def export(self, source: str, out: str, dtype: str = "float32"):
-        """Write the weights of a checkpoint as a folder that `transformers` loads (safetensors), with the image tokenizer.
+        """Write a checkpoint as a folder that `transformers` loads.
+
+        Weights as safetensors, with the image tokenizer.
 
         `ask`, `generate`, `batch`, `serve`, `evaluate` and `judge` take the folder in place of a run.
 
@@ -159,34 +163,33 @@ class RunCommands:
         dry_run: bool = False,
         **overrides,
     ):
-        """Render an sbatch script for a recipe into its run folder and submit it: one process per GPU.
+        """Write an sbatch script for a recipe and submit it.
 
-            megavlm submit digits --nodes 2 --gpus-per-node 2 --partition gpu --time 24:00:00 --account me
+            megavlm submit digits --nodes=2 --partition=gpu --time=24:00:00
 
-        The job requeues itself after the time limit, a preemption, a lost node or process, until the run is done. After an error it
-        does not. The processes, one per GPU, have to share data.num_lanes evenly.
+        The script lies in the run folder. There is one process per GPU; the processes have to share data.num_lanes evenly. The job
+        requeues itself after the time limit, a preemption, a lost node or process, until the run is done. After an error it does not.
 
         Args:
             recipe: Path of a YAML file, or a name such as `digits`.
             nodes: Number of nodes.
-            gpus_per_node: GPUs per node, one process on each; 0 is one process per node, on its CPUs.
+            gpus_per_node: One process on each; 0: one per node, on CPU.
             partition: SLURM partition.
-            time: Time limit, "24:00:00" or "2-00:00:00"; a number alone is minutes.
+            time: "24:00:00" or "2-00:00:00"; a number is minutes.
             account: SLURM account.
             qos: SLURM quality of service.
             cpus_per_task: CPU cores per process.
-            container_image: Image for pyxis (`srun --container-image`), or a .sif file for Apptainer.
-            modules: Environment modules to load, separated by commas.
-            setup: A line of shell that prepares the environment: "source .venv/bin/activate".
+            container_image: For pyxis, or a .sif file for Apptainer.
+            modules: Environment modules to load, with commas.
+            setup: A line of shell first: "source .venv/bin/activate".
             cache: Node-local folder for copies of remote shards.
             max_restarts: How often the job is requeued at most.
-            warning_s: SLURM sends SIGUSR1 this many seconds before the time limit; 0 is never. The run also watches the
-                clock by itself.
-            array: YAML file with a list of mappings of overrides; each mapping becomes one run of an array job.
-            template: An sbatch template of your own, instead of slurm/train.sbatch or slurm/study.sbatch.
-            sbatch_options: Further options, such as "--constraint=h100 --exclusive".
-            srun_options: How processes are bound to cores.
-            node_check: Look at every node before the first step; nodes that are not well are left out.
+            warning_s: SIGUSR1 so long before the time limit; 0: never.
+            array: YAML list of mappings of settings, a run for each.
+            template: An sbatch template of your own.
+            sbatch_options: Such as "--constraint=h100 --exclusive".
+            srun_options: Instead of the binding to cores, in blocks.
+            node_check: First leave out nodes that are not well.
             dry_run: Write and show the script; submit nothing.
             overrides: Settings of the recipe to change.
         """

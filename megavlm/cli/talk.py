@@ -112,7 +112,9 @@ class TalkCommands:
         print(Batch(talker, Path(str(requests)), Path(str(out)), **sizes).run())
 
     def serve(self, run: str, host: str = "127.0.0.1", port: NotNegative = 7860, page: bool = True, **overrides):
-        """Serve a page to ask and draw, and an endpoint that clients of OpenAI understand. Needs `pip install 'megavlm[serve]'`.
+        """Serve a page to ask and draw, and an endpoint for clients.
+
+        The endpoint is what clients of OpenAI understand. Needs `pip install 'megavlm[serve]'`.
 
             megavlm serve runs/mine            then open http://127.0.0.1:7860
 

@@ -63,17 +63,17 @@ class TokenizerCommands:
         format: str = "",
         device: str = "",
     ):
-        """Train a small VQ image tokenizer on the images of shards; see `megavlm.image_tokenizers.vq_training`.
+        """Train a small VQ image tokenizer on the images of shards.
 
-            megavlm data image-tokenizer "data/shapes/generation-train-{0000..0019}.tar" data/shapes/vq --pixels=32 --height=8 --width=8
+            megavlm data image-tokenizer "data/shapes/images-train-{0000..0019}.tar" data/vq
 
         Args:
             shards: Path or URL, braces expand.
-            out: Folder to write: weights, metrics.json, reconstructions.png.
+            out: Folder to write, with reconstructions.png.
             codebook_size: Number of codes.
             height: Rows of codes per image.
             width: Columns of codes per image.
-            pixels: Height of the images: 2, 4, 8, 16 or 32 times the rows of codes.
+            pixels: Height of images: 2, 4, … 32 times --height.
             steps: Optimizer steps.
             batch_images: Images per step.
             learning_rate: Peak of the learning rate.

@@ -69,17 +69,17 @@ def test_help_reads_well():
         "  --SETTING=VALUE  Settings to change.",
     ]
     assert "  draw  Draw something" in help_of(Example(), [])
+    assert not any("…" in line for group in ([], ["data"], ["analyze"]) for line in help_of(COMMANDS, group).splitlines()[1:-1])
 
 
 @pytest.mark.parametrize("path", paths(), ids=" ".join)
-def test_every_help_fits_80_columns_and_a_screen_where_it_can(path):
+def test_every_help_fits_a_screen(path):
     lines = help_of(COMMANDS, path).splitlines()
     assert max(map(len, lines)) <= 80
-    options = inspect.signature(command(path)).parameters if inspect.ismethod(command(path)) else ()
-    assert len(lines) <= (24 if len(options) <= 6 else 24 + 3 * (len(options) - 6))
+    assert len(lines) <= 24
     text = "\n".join(lines)
     assert not any(word in text for word in ("Positive", "NotNegative", "Annotated", "POSITIONAL", "Optional", "--overrides"))
-    for option in options_of(command(path)) if options else ():
+    for option in options_of(command(path)) if inspect.ismethod(command(path)) else ():
         assert f"  {option}" in text, "described"
 
 
