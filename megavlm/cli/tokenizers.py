@@ -27,6 +27,7 @@ class TokenizerCommands:
         """
         from megavlm.data.read.shards import expand_shards
         from megavlm.data.tools.lint import Report, read_samples
+        from megavlm.system.progress import progress
         from megavlm.vocabulary import train_text_model
 
         urls = expand_shards("shards", as_shards(shards))
@@ -40,7 +41,7 @@ class TokenizerCommands:
                 for sample in read_samples([url], source, report):
                     yield from (segment.text for segment in sample.segments if segment.text is not None)
 
-        counts = train_text_model(texts(), Path(str(out)), vocab_size)
+        counts = train_text_model(progress(texts(), "read texts"), Path(str(out)), vocab_size)
         read = [f"{len(files)} files"] if files else []
         read += [f"{report.num_samples} samples, {len(report.problems)} of them left out as broken"] if sources else []
         where = " and ".join(read)

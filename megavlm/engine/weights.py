@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megavlm.errors import MegavlmError
 from megavlm.runs.manifest import verify
+from megavlm.system.progress import progress
 
 MODULES_OF = {
     "gates": "learned gates, which the policy mixture_of_depths needs",
@@ -110,7 +111,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
     parameters = dict(module.named_parameters())
     weights.check({name: parameter.shape for name, parameter in parameters.items()})
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in progress(parameters.items(), "read weights"):
             parameter.copy_(weights.read(name, parameter.shape))
 
 

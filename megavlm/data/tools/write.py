@@ -19,6 +19,7 @@ from megavlm.data.tools.drafts import Draft, read_drafts
 from megavlm.data.tools.lint import Report
 from megavlm.data.tools.tables import tables_of
 from megavlm.errors import DataError, MegavlmError
+from megavlm.system.progress import progress
 
 HELD_OUT = "held-out"
 """Folder of the shards that are not trained on, in that of the others."""
@@ -59,7 +60,8 @@ def build_shards(
         raise MegavlmError(f"{shares[1]} of {sum(shares)} samples would be held out\n  do:    give another share, or leave held_out out")
 
     def part(is_held: bool) -> Iterator[Draft]:
-        return (draft for draft in read_drafts(source, image_root, Report()) if draft.is_held_out(held_out) == is_held)
+        chosen = (draft for draft in read_drafts(source, image_root, Report()) if draft.is_held_out(held_out) == is_held)
+        return progress(chosen, "write shards", shares[is_held])
 
     written = _write(part(False), out, sample_format, samples_per_shard)
     if held_out:
@@ -85,7 +87,7 @@ def _write(samples: Iterator[Draft], out: Path, sample_format: str, samples_per_
 def _check(source: Path, image_root: Path | None, held_out: float) -> tuple[str, list[int]]:
     """The format of what a folder or file holds, and how many samples are to be trained on and how many are held out."""
     report, formats, shares = Report(), {}, [0, 0]
-    for draft in read_drafts(source, image_root, report):
+    for draft in progress(read_drafts(source, image_root, report), "check samples"):
         formats.setdefault(draft.sample_format, draft.place)
         shares[draft.is_held_out(held_out)] += 1
         # the text of a pair is read here; images are not
