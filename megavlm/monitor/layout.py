@@ -15,7 +15,8 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "loss per task": _chart(r"^loss/"),
         "loss per source": _chart(r"^loss_by_source/"),
         "held-out loss": _chart(r"^evaluation/losses/", r"^validation/"),
-        "held-out answers and drawings": _chart(r"^evaluation/(understanding|generation)/"),
+        "held-out answers and drawings": _chart(r"^evaluation/(understanding|generation)/(accuracy|exact_match)"),
+        "Fréchet distance of held-out drawings": _chart(r"^evaluation/generation/frechet_distance"),
     },
     "2 speed": {
         "tokens per second": _chart(r"^throughput/tokens_per_s$"),
