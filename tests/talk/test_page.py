@@ -6,7 +6,6 @@ import pytest
 from megavlm.parts.trained import load_trained
 from megavlm.talk.talker import Talker, Writing, last
 from megavlm.talk.words import read_picture
-
 from tests.talk.browser import MISSING, end, find, open_browser, replies, requests_of, say, start, wait_for, wait_until_done
 
 
