@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from megavlm.engine.zero_sizes import ON_CPU
 from megavlm.errors import ConfigError
 from megavlm.system.files import find_resource
 
@@ -87,7 +88,10 @@ def _refused_by_deepspeed(document: dict[str, Any]) -> list[str]:
     from pydantic import ValidationError
 
     try:
-        DeepSpeedZeroConfig(**document["zero_optimization"])
+        # "auto" is filled in once the model is known
+        zero: dict[str, Any] = document["zero_optimization"]
+        given = {key: zero[key] for key in zero if key not in ON_CPU or zero[key] != "auto"}
+        DeepSpeedZeroConfig(**given)
     except ValidationError as error:
         return [f"zero_optimization.{'.'.join(map(str, e['loc']))[:80]}: {e['msg']}" for e in error.errors()[:20]]
     return []

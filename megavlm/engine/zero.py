@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO-3 engine around the backbone, and what we mend in it. Tested by `tests/distributed/test_training.py`."""
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -10,6 +10,7 @@ from megavlm.engine.guard import Guard, GuardedAdamW
 from megavlm.engine.partition import shape_of
 from megavlm.engine.protocol import Engine
 from megavlm.engine.schedule import OptimizerConfig
+from megavlm.model.backbone import Backbone
 from megavlm.settings import Number, PathText, Positive, Seconds, Settings, Switch
 
 
@@ -17,7 +18,11 @@ class EngineConfig(Settings):
     """DeepSpeed and the processes."""
 
     deepspeed: PathText = "zero3"
-    """Name of a JSON file in `ds_configs/`, or a path. Batch sizes, precision and clipping are set by the recipe."""
+    """Name of a JSON file in `ds_configs/`, or a path. Batch sizes, precision and clipping are set by the recipe. A size of ZeRO
+    that is "auto" there is chosen from the model and the device's memory, and written into the log."""
+    leaf_modules: Literal["auto"] | Switch = "auto"
+    """ZeRO gathers and reduces a decoder layer as a whole, instead of each of its modules alone; the gradients are the same up to rounding.
+    `auto` does so on CUDA."""
     timeout_s: Seconds = 2400
     """Until the first step is done, a collective that takes longer is an error instead of a hang. The watchdog speaks before:
     its budget is at most four fifths of this."""
@@ -29,6 +34,10 @@ class EngineConfig(Settings):
     """Steps between collections of Python's garbage, on all ranks at the same step and at no other time."""
     stop_margin_s: Annotated[Number, Field(ge=0, le=1e6)] = 20.0
     """A run saves and ends before the job's time limit. This margin is added to the time that earlier saves and steps took."""
+
+    def has_leaf_modules(self, device_type: str) -> bool:
+        """Whether decoder layers are ZeRO's leaf modules on such a device."""
+        return device_type == "cuda" if self.leaf_modules == "auto" else self.leaf_modules
 
 
 SUMS_OF_BFLOAT16: dict[str, Any] = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
@@ -60,19 +69,23 @@ def document_of(engine: EngineConfig, optimizer: OptimizerConfig, *, bfloat16: b
     )
 
 
-def start_engine(backbone: torch.nn.Module, guard: Guard, optimizer: OptimizerConfig, document: dict[str, Any]) -> Engine:
+def start_engine(
+    backbone: Backbone, guard: Guard, optimizer: OptimizerConfig, document: dict[str, Any], *, leaf_modules: bool = False
+) -> Engine:
     """DeepSpeed's engine around the backbone, with AdamW in two groups: matrices with weight decay, the rest without.
 
     Args:
         backbone: The model, divided by `megavlm.engine.partition` or whole.
         guard: Judges every step.
         optimizer: The recipe's ``optimizer``.
-        document: What `document_of` gave.
+        document: What `document_of` gave, with a number for every size.
+        leaf_modules: ZeRO gathers and reduces decoder layers as a whole.
     """
     # here, because it takes seconds and only training needs it
     import deepspeed
     from deepspeed.runtime.zero import stage3
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    from deepspeed.utils import set_z3_leaf_modules
 
     # torch's AdamW is in this list by its exact class; ours is tested with ZeRO here, which DeepSpeed would warn about at every start
     if GuardedAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
@@ -83,6 +96,8 @@ def start_engine(backbone: torch.nn.Module, guard: Guard, optimizer: OptimizerCo
         {"name": "no_decay", "params": [p for _, p in named if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
     adamw = GuardedAdamW(groups, guard, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps)
+    if leaf_modules:
+        set_z3_leaf_modules(backbone, list({type(layer) for layer in backbone.causal_lm.model.layers}))
     # DeepSpeed reads the norm back to the host in every step, to skip it there; our guard skips on the device
     stage3.is_invalid_grad_norm = lambda _norm: False
     started, *_ = deepspeed.initialize(model=backbone, optimizer=adamw, config=document)

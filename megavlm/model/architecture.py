@@ -1,11 +1,13 @@
 """The recipe's ``model``: what is wrong with an architecture is said when the recipe is read. Tested by `tests/model/test_families.py`."""
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
 from megavlm.model.configuration import read_configuration, read_folder
 from megavlm.model.families import active_window, read_exact
+from megavlm.model.fusion import PARTS, Part
 from megavlm.model.proof import VOCABULARY, prove
 from megavlm.model.sizes import check_numbers
 from megavlm.settings import Positive, Settings, Switch
@@ -33,10 +35,19 @@ class ModelConfig(Settings):
     """Precision of the forward and backward pass; `auto` is bfloat16 on CUDA and float32 on CPU."""
     activation_checkpointing: Switch | Positive = False
     """Recompute layers in the backward pass instead of storing their activations: `true` is every layer, a number n is every n-th."""
+    compiled: Literal["auto"] | list[Part] = "auto"
+    """Small functions that training compiles, of `norm`, `rotary`, `mlp` and `loss`: one kernel each instead of several, the same numbers
+    up to rounding. `auto` is all of them on CUDA and none on CPU."""
 
     def is_bfloat16(self, device_type: str) -> bool:
         """Whether the forward and backward pass of the training run in bfloat16 on such a device."""
         return self.dtype == "bfloat16" or (self.dtype == "auto" and device_type == "cuda")
+
+    def compiled_on(self, device_type: str) -> Collection[Part]:
+        """The functions that are compiled for training on such a device."""
+        if self.compiled == "auto":
+            return PARTS if device_type == "cuda" else ()
+        return self.compiled
 
     def outside_window(self, longest: int) -> str:
         """Why sequences of up to ``longest`` tokens do not fit into the layers' sliding windows; empty if they do."""

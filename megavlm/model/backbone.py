@@ -12,7 +12,7 @@ Letters: R rows that are injected or have features, F numbers of a feature, U ac
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from megavlm.errors import ConfigError
 from megavlm.model import attention
 from megavlm.model.attention import Context, Guests
 from megavlm.model.families import read_exact
+from megavlm.model.fusion import Part, fuse
 from megavlm.model.loss import chunked_loss
 from megavlm.model.rotary import without_rotary
 from megavlm.routing.injection import Injector
@@ -66,6 +67,7 @@ class Backbone(nn.Module):
         chunk_rows: Labelled rows per call of the output head.
         activation_checkpointing: Recompute every layer in the backward pass, or every n-th.
         feature_width: F of the features that images which are read consist of; 0 if they are read as codes.
+        compiled: Small functions that are compiled.
     """
 
     def __init__(
@@ -78,9 +80,12 @@ class Backbone(nn.Module):
         chunk_rows: int,
         activation_checkpointing: bool | int = False,
         feature_width: int = 0,
+        compiled: Collection[Part] = (),
     ):
         super().__init__()
         self.causal_lm = causal_lm
+        fuse(causal_lm, compiled)
+        self.compiles_loss = "loss" in compiled
         self.selectors = plan.selectors
         self.num_groups = num_sources * len(TASKS)
         self.num_chunks = math.ceil(max_labels / chunk_rows)
@@ -108,7 +113,13 @@ class Backbone(nn.Module):
         h_TD, gate_loss = self.hidden_states(work, self.observe)
         h_MD = self.causal_lm.model.norm(take_rows(h_TD, work.rows_M))
         sums_G = chunked_loss(
-            self.causal_lm.lm_head, h_MD, work.targets_M, work.groups_M, num_groups=self.num_groups, num_chunks=self.num_chunks
+            self.causal_lm.lm_head,
+            h_MD,
+            work.targets_M,
+            work.groups_M,
+            num_groups=self.num_groups,
+            num_chunks=self.num_chunks,
+            is_compiled=self.compiles_loss,
         )
         return torch.cat([sums_G, gate_loss[None]])
 

@@ -1,6 +1,7 @@
 """Next-token cross-entropy on labelled rows only, in chunks, as sums per group."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from megavlm.model.fusion import compiled
 from megavlm.routing.tasks import TaskName
 from megavlm.settings import Number, Positive, Settings
 
@@ -36,6 +38,7 @@ def chunked_loss(
     *,
     num_groups: int,
     num_chunks: int,
+    is_compiled: bool = False,
 ) -> torch.Tensor:
     """Sums of cross-entropy per group.
 
@@ -50,20 +53,26 @@ def chunked_loss(
         groups_M: Group of each row.
         num_groups: Number of groups.
         num_chunks: Calls of the head.
+        is_compiled: Compile what comes after the head.
 
     Returns:
         float32 ``[num_groups]``.
     """
+    cross_entropy = compiled(_cross_entropy) if is_compiled else _cross_entropy
     rows = math.ceil(len(h_MD) / num_chunks)
     lengths = [min(rows, max(0, len(h_MD) - i * rows)) for i in range(num_chunks)]
     # split, not slices: its backward is one concatenation
     chunks = zip(h_MD.split(lengths), targets_M.split(lengths))
     if num_chunks == 1:
-        losses = [_cross_entropy(head, *chunk) for chunk in chunks]
+        losses = [_chunk_loss(head, cross_entropy, *chunk) for chunk in chunks]
     else:
-        losses = [checkpoint(_cross_entropy, head, *chunk, use_reentrant=False) for chunk in chunks]
+        losses = [checkpoint(_chunk_loss, head, cross_entropy, *chunk, use_reentrant=False) for chunk in chunks]
     return h_MD.new_zeros(num_groups, dtype=torch.float32).index_add(0, groups_M, torch.cat(losses))
 
 
-def _cross_entropy(head: nn.Module, h_MD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(head(h_MD).float(), targets_M, reduction="none")
+def _chunk_loss(head: nn.Module, cross_entropy: Callable, h_MD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(head(h_MD), targets_M)
+
+
+def _cross_entropy(logits_MV: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits_MV.float(), targets_M, reduction="none")

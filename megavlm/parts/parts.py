@@ -1,5 +1,6 @@
 """From the resolved configuration to the parts of a run, each made once per process. Tested by `tests/parts/test_resolve.py`."""
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,7 @@ from megavlm.data.tools.simulate import Situation
 from megavlm.image_tokenizers.build import ImageTokenizer, build_image_tokenizer
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.configuration import read_configuration
+from megavlm.model.fusion import Part
 from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.policies import Dense
 from megavlm.vocabulary import Vocabulary
@@ -122,8 +124,13 @@ class Parts:
         """The stock model with random weights from torch's global generator."""
         return make_causal_lm(self.config.model.architecture, self.vocabulary.size)
 
-    def make_backbone(self, causal_lm: PreTrainedModel | None = None) -> Backbone:
-        """The backbone around a stock model, by default one with random weights."""
+    def make_backbone(self, causal_lm: PreTrainedModel | None = None, compiled: Collection[Part] = ()) -> Backbone:
+        """The backbone around a stock model, by default one with random weights.
+
+        Args:
+            causal_lm: The model.
+            compiled: Small functions that are compiled: for training, ``model.compiled_on``.
+        """
         config = self.config
         return Backbone(
             causal_lm or self.make_causal_lm(),
@@ -133,6 +140,7 @@ class Parts:
             chunk_rows=config.loss.chunk_rows,
             activation_checkpointing=config.model.activation_checkpointing,
             feature_width=self.image_tokenizer.feature_width,
+            compiled=compiled,
         )
 
     def with_mixture(self) -> "Parts":

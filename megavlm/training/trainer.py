@@ -36,6 +36,7 @@ from megavlm.engine.schedule import learning_rate
 from megavlm.engine.signals import REASONS, Wish, end_time_of_job
 from megavlm.engine.watchdog import Watchdog
 from megavlm.engine.zero import document_of, forget_gradients, gradient_norm, start_engine
+from megavlm.engine.zero_sizes import with_sizes
 from megavlm.errors import ConfigError
 from megavlm.monitor.board import Board
 from megavlm.monitor.metrics import Meters
@@ -112,11 +113,14 @@ class Trainer:
         config, parts, device = self.parts.config, self.parts, self.world.device
         bfloat16 = config.model.is_bfloat16(device.type)
         document = document_of(config.engine, config.optimizer, bfloat16=bfloat16, packs_per_rank=len(self.lanes))
+        document = with_sizes(document, parts.make_backbone, device)
         torch.manual_seed(config.seed)
-        backbone = make_partitioned(parts.make_backbone, document, bfloat16=bfloat16, device=device)
+        make = partial(parts.make_backbone, compiled=config.model.compiled_on(device.type))
+        backbone = make_partitioned(make, document, bfloat16=bfloat16, device=device)
         if config.init_from and not any(self.world.gather(checkpoints_in(self.folder.checkpoints))):
             load_initial_weights(config.init_from, backbone.causal_lm, parts.vocabulary, self.world)
-        return start_engine(backbone, self.guard, config.optimizer, document)
+        leaf_modules = config.engine.has_leaf_modules(device.type)
+        return start_engine(backbone, self.guard, config.optimizer, document, leaf_modules=leaf_modules)
 
     def _restore(self) -> None:
         """Go on from the newest intact checkpoint, if there is one."""

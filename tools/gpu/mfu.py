@@ -9,6 +9,7 @@ import math
 from functools import partial
 from typing import Any
 
+from megavlm.engine.zero_sizes import ON_CPU
 from megavlm.monitor.peaks import peak_flops_per_s
 from tools.gpu.context import Context, Item, Outcome
 from tools.gpu.models import ROUTES
@@ -19,14 +20,9 @@ VARIANTS = {
     BASE: Variant(),
     "activation checkpointing": Variant(backbone={"activation_checkpointing": True}),
     "nothing persistent": Variant(zero={"stage3_param_persistence_threshold": 0}),
-    "everything persistent": Variant(
-        zero={
-            "stage3_param_persistence_threshold": 10**10,
-            "stage3_max_live_parameters": 10**10,
-            "stage3_max_reuse_distance": 10**10,
-        }
-    ),
-    "large buckets": Variant(zero={"reduce_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 200_000_000}),
+    "ZeRO's sizes as on a CPU": Variant(zero=ON_CPU),
+    "each module by itself, no leaf modules": Variant(engine={"leaf_modules": False}),
+    "nothing compiled": Variant(backbone={"compiled": ()}),
     "no overlap": Variant(zero={"overlap_comm": False}),
 }
 """Each beside the first, with the larger model and the smaller vocabulary."""

@@ -18,6 +18,8 @@ from megavlm.engine.deepspeed_file import read_deepspeed_file
 from megavlm.engine.guard import FaultConfig, Guard
 from megavlm.engine.schedule import OptimizerConfig
 from megavlm.engine.zero import EngineConfig, document_of, forget_gradients, gradient_norm, start_engine
+from megavlm.engine.zero_sizes import with_sizes
+from megavlm.model.fusion import PARTS
 from megavlm.system import world as distributed
 from megavlm.system.world import World
 from tools.gpu.context import Context
@@ -61,14 +63,16 @@ class Steps:
         self.context = context
         self.world = world()
         vocabulary, dense = sizes.vocabularies[ids], plan_of((DENSE, DENSE), sizes.models[model].num_layers)
-        options = {"max_labels": sizes.pack_tokens, "chunk_rows": sizes.chunk_rows} | variant.backbone
+        compiled = PARTS if context.is_cuda else ()
+        options = {"max_labels": sizes.pack_tokens, "chunk_rows": sizes.chunk_rows, "compiled": compiled} | variant.backbone
         backbone = make_backbone(sizes.models[model].architecture(), vocabulary, dense, context.device, **options)
         self.num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
         self.guard = Guard(FaultConfig(), context.device)
         optimizer = OptimizerConfig(num_steps=100, learning_rate=1e-4)
         engine = EngineConfig(deepspeed=_deepspeed_file(context.folder, variant), **variant.engine)
         document = document_of(engine, optimizer, bfloat16=context.is_cuda, packs_per_rank=sizes.packs_per_step)
-        self.engine = start_engine(backbone, self.guard, optimizer, document)
+        document = with_sizes(document, lambda: backbone, context.device)
+        self.engine = start_engine(backbone, self.guard, optimizer, document, leaf_modules=engine.has_leaf_modules(context.device.type))
         samples = make_samples(uniform_lengths(sizes.pack_tokens, sizes.image_side), sizes.image_side, vocabulary)
         self.packs: dict[str, Pack] = {}
         for route, policies in ROUTES.items():
