@@ -16,6 +16,11 @@ PLAIN_MLP = ("apertus", "arcee", "jais2", "starcoder2")
 """Families whose MLP has no gate; megavlm.model.proof counts the weights of all others too."""
 
 
+def num_experts(config) -> int:
+    """Experts in each layer of a `transformers` text configuration; 0 if it is dense."""
+    return getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes that decide what a decoder costs."""
@@ -29,27 +34,35 @@ class ModelShape:
     vocabulary_size: int
     mlp_matrices: int = 3
     """A gated MLP has three, a plain one two."""
+    num_experts: int = 0
+    """MLPs of this width in a layer, and rows of the router before them; 0 without experts."""
+    active_experts: int = 1
+    """MLPs that a token passes."""
 
     @classmethod
     def of(cls, config) -> "ModelShape":
         """Read from a `transformers` text configuration."""
+        experts = num_experts(config)
         return cls(
             width=config.hidden_size,
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            mlp_width=config.intermediate_size,
+            mlp_width=(experts and getattr(config, "moe_intermediate_size", None)) or config.intermediate_size,
             vocabulary_size=config.vocab_size,
             mlp_matrices=2 if config.model_type in PLAIN_MLP else 3,
+            num_experts=experts,
+            active_experts=config.num_experts_per_tok if experts else 1,
         )
 
     @property
     def layer_flops_per_token(self) -> int:
-        """``a``: forward FLOPs of one layer per token, attention scores excluded."""
+        """``a``: forward FLOPs of one layer per token, attention scores excluded. Of experts the active ones count."""
         query_and_output = 2 * self.num_heads * self.head_width
         key_and_value = 2 * self.num_kv_heads * self.head_width
-        return 2 * self.width * (query_and_output + key_and_value + self.mlp_matrices * self.mlp_width)
+        mlp = self.active_experts * self.mlp_matrices * self.mlp_width + self.num_experts
+        return 2 * self.width * (query_and_output + key_and_value + mlp)
 
     @property
     def layer_flops_per_square(self) -> int:

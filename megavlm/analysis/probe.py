@@ -83,7 +83,7 @@ def measure(backbone: Backbone, packs: Sequence[Pack], device) -> Measured:
     """Run packs along their routes."""
     sums_t, labels_t = np.zeros(len(TASKS)), np.zeros(len(TASKS))
     for pack in packs:
-        sums = backbone(pack.to(device))[:-1].double().cpu().numpy()
+        sums = backbone(pack.to(device))[: backbone.num_groups].double().cpu().numpy()
         sums_t += sums.reshape(-1, len(TASKS)).sum(0)
         labels_t += pack.task_labels
     flops, dense = (sum(float(x.sum()) for x in xs) for xs in ([p.flops for p in packs], [p.dense_flops for p in packs]))

@@ -28,6 +28,8 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     if reason := config.model.outside_window(config.data.pack_tokens):
         yield "model.architecture", reason
     weights = config.loss.task_weights
+    if config.loss.balance_weight is not None and not config.model.has_experts:
+        yield "loss.balance_weight", "this model.architecture has no experts to balance; leave it out"
     if not any(weights.get(task, 1.0) for task in TASKS):
         yield "loss.task_weights", "all are 0, so there is nothing to learn; give one task a weight"
 

@@ -11,6 +11,7 @@ from megavlm.engine.partition import shape_of
 from megavlm.engine.protocol import Engine
 from megavlm.engine.schedule import OptimizerConfig
 from megavlm.model.backbone import Backbone
+from megavlm.model.experts import expert_blocks
 from megavlm.settings import Number, PathText, Positive, Seconds, Settings, Switch
 
 
@@ -96,8 +97,9 @@ def start_engine(
         {"name": "no_decay", "params": [p for _, p in named if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
     adamw = GuardedAdamW(groups, guard, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps)
-    if leaf_modules:
-        set_z3_leaf_modules(backbone, list({type(layer) for layer in backbone.causal_lm.model.layers}))
+    # experts as a whole at least: all ranks gather the same, whichever of them a rank's tokens choose (P7)
+    if leaves := list(backbone.causal_lm.model.layers if leaf_modules else expert_blocks(backbone)):
+        set_z3_leaf_modules(backbone, list({type(leaf) for leaf in leaves}))
     # DeepSpeed reads the norm back to the host in every step, to skip it there; our guard skips on the device
     stage3.is_invalid_grad_norm = lambda _norm: False
     started, *_ = deepspeed.initialize(model=backbone, optimizer=adamw, config=document)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
+from megavlm.costs import num_experts
 from megavlm.model.configuration import read_configuration, read_folder
 from megavlm.model.families import active_window, read_exact
 from megavlm.model.fusion import PARTS, Part
@@ -48,6 +49,11 @@ class ModelConfig(Settings):
         if self.compiled == "auto":
             return PARTS if device_type == "cuda" else ()
         return self.compiled
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a token passes some of several MLPs in each layer."""
+        return num_experts(read_configuration(self.architecture, VOCABULARY)) > 0
 
     def outside_window(self, longest: int) -> str:
         """Why sequences of up to ``longest`` tokens do not fit into the layers' sliding windows; empty if they do."""

@@ -27,6 +27,7 @@ from megavlm.data.pack.pack import Pack
 from megavlm.errors import ConfigError
 from megavlm.model import attention
 from megavlm.model.attention import Context, Guests
+from megavlm.model.experts import RouterWatch, balance_losses, expert_blocks, implementation_for
 from megavlm.model.families import read_exact
 from megavlm.model.fusion import Part, fuse
 from megavlm.model.loss import chunked_loss
@@ -88,10 +89,12 @@ class Backbone(nn.Module):
         self.compiles_loss = "loss" in compiled
         self.selectors = plan.selectors
         self.num_groups = num_sources * len(TASKS)
+        """Pairs of a source and a task."""
         self.num_chunks = math.ceil(max_labels / chunk_rows)
         self.recompute_every = int(activation_checkpointing)
         self.observe: Callable | None = None
         """Sees every layer of every pack until it is taken away again; see `hidden_states`."""
+        self.routers = RouterWatch(expert_blocks(causal_lm))
         shape = ModelShape.of(causal_lm.config)
         self.reader = nn.Linear(feature_width, shape.width) if feature_width else None
         self.gates = nn.ModuleDict()
@@ -103,14 +106,15 @@ class Backbone(nn.Module):
                 self.injectors[f"{task}_{layer}"] = Injector(shape.width, shape.num_kv_heads, shape.head_width)
 
     def forward(self, work) -> torch.Tensor:
-        """Sums of losses of a pack: float32 ``[num_sources * len(TASKS) + 1]``.
+        """Sums of losses of a pack: float32 ``[num_groups + 1]``, and one more with experts.
 
-        Cross-entropy per (source, task), then the auxiliary loss of learned gates. Anything but a pack is called with the backbone:
-        under ZeRO-3 decoding too must enter through the module that DeepSpeed wraps.
+        Cross-entropy per (source, task), then the auxiliary loss of learned gates, then the mean over layers of what balances experts.
+        Anything but a pack is called with the backbone: under ZeRO-3 decoding too must enter through the module that DeepSpeed wraps.
         """
         if not isinstance(work, Pack):
             return work(self)
-        h_TD, gate_loss = self.hidden_states(work, self.observe)
+        with self.routers.watching() as routers:
+            h_TD, gate_loss = self.hidden_states(work, self.observe)
         h_MD = self.causal_lm.model.norm(take_rows(h_TD, work.rows_M))
         sums_G = chunked_loss(
             self.causal_lm.lm_head,
@@ -121,7 +125,7 @@ class Backbone(nn.Module):
             num_chunks=self.num_chunks,
             is_compiled=self.compiles_loss,
         )
-        return torch.cat([sums_G, gate_loss[None]])
+        return torch.cat([sums_G, gate_loss[None], *balance_losses(routers)])
 
     def hidden_states(self, pack: Pack, observe: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream after the last layer, before the final norm ``[T, D]``, and the sum of the gates' loss.
@@ -133,6 +137,7 @@ class Backbone(nn.Module):
         """
         model = self.causal_lm.model
         model.config._attn_implementation = attention.NAME
+        model.config._experts_implementation = implementation_for(model.embed_tokens.weight.dtype)
         embedding_TD = self._embed(pack)
         cos_T, sin_T = (table[0] for table in model.rotary_emb(embedding_TD[None], pack.positions_T[None]))
         router = Router(pack.route, embedding_TD, self.selectors, self.gates)

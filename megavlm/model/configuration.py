@@ -26,6 +26,8 @@ ROTARY_PARAMETERS = (
     "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor", "low_freq_factor",
     "high_freq_factor", "mrope_section", "mrope_interleaved",
 )  # fmt: skip
+UNDECLARED = {"olmoe": {"head_dim"}, "qwen3_moe": {"head_dim"}}
+"""Fields that models read and published files have, although their configurations do not declare them."""
 LEFTOVERS = ("pretraining_tp", "use_mrope")
 """Fields of many published files that have lost their meaning."""
 MISSPELT = 0.85
@@ -96,7 +98,7 @@ def unknown_fields(tree: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     # what transformers makes of it
     is_ministral = tree["model_type"] == "mistral" and "layer_types" in tree
     kind = CONFIG_MAPPING["ministral" if is_ministral else tree["model_type"]]
-    known = {*_fields_of(kind), *REPLACED, *ABOUT_THE_FILE, *ROTARY_FIELDS, *LEFTOVERS}
+    known = {*_fields_of(kind), *UNDECLARED.get(kind.model_type, ()), *REPLACED, *ABOUT_THE_FILE, *ROTARY_FIELDS, *LEFTOVERS}
     known |= {*GenerationConfig().to_dict(), "quantization_config", "model_type", "per_layer_config", "num_labels", "output_attentions"}
     for part in _parts_of(kind):
         # files of multimodal models may hold the fields of their text decoder themselves

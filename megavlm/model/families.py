@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from megavlm.costs import num_experts
 from megavlm.model.configuration import check_names, read_configuration
 
 EXACT = (
@@ -23,11 +24,14 @@ EXACT = (
     "llama",
     "ministral",
     "mistral",
+    "mixtral",
     "olmo",
     "olmo2",
+    "olmoe",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "seed_oss",
     "smollm3",
     "starcoder2",
@@ -62,7 +66,10 @@ ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose angles depend on a token's place alone."""
 DROPOUT_IN_LAYERS = ("residual_dropout", "resid_pdrop")
 """What layers drop themselves; other dropout would be passed by."""
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step",
+)  # fmt: skip
 
 
 def read_exact(architecture: dict[str, Any], vocabulary_size: int) -> PreTrainedConfig:
@@ -144,6 +151,8 @@ def _wrong_size(config: Any) -> str:
             f"num_attention_heads ({config.num_attention_heads}) of {config.model_type} must be a multiple of num_key_value_heads"
             f" ({config.num_key_value_heads})"
         )
+    if (experts := num_experts(config)) and config.num_experts_per_tok > experts:
+        return f"num_experts_per_tok ({config.num_experts_per_tok}) of {config.model_type} is more than its {experts} experts"
     return ""
 
 
@@ -154,6 +163,11 @@ def _inexact_field(config: Any) -> str:
     for name, value in config.to_dict().items():
         if "drop" in name and name not in DROPOUT_IN_LAYERS and value:
             return f"{name} of {family} is {value}, which is not computed here; give its fields as a mapping with {name}: 0.0"
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        return (
+            f"{family} with experts in some of its layers only (mlp_only_layers, decoder_sparse_step) is refused: packs and figures count"
+            " on one cost for all layers; leave these fields out"
+        )
     rotary = config.rope_parameters.get("rope_type")
     if rotary not in ROTARY:
         return (

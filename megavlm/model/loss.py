@@ -26,6 +26,9 @@ class LossConfig(Settings):
     """Factor of each task's mean loss. A task that is not named has weight 1."""
     gate_weight: Annotated[Number, Field(ge=0, le=1e6)] = 0.01
     """Factor of the auxiliary loss of learned gates (policy `mixture_of_depths`), a mean over image tokens."""
+    balance_weight: Annotated[Number, Field(ge=0, le=1e6)] | None = None
+    """Factor of the loss that keeps the loads of experts alike, a mean over packs and layers; `null` takes `router_aux_loss_coef` of
+    `model.architecture`. Only for models with experts."""
     chunk_rows: Positive = 4096
     """Labelled rows that go through the output head at a time (bounds the memory of the logits)."""
 

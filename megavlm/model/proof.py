@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from megavlm.costs import ModelShape
+from megavlm.costs import ModelShape, num_experts
 from megavlm.data.pack.encode import EncodedSample
 from megavlm.data.pack.pack import Costing, Pack, build_pack
 from megavlm.data.read.sample import Coordinates
@@ -64,10 +64,17 @@ def _prove(architecture: str) -> float:
             f"this {family} is not computed exactly here: logits of packed samples differ by {difference:.1e} from those of transformers;"
             " choose another family, or leave out what sets this one apart"
         )
-    weights = sum(p.numel() for p in causal_lm.model.layers[0].parameters() if p.dim() > 1)
-    if 2 * weights != (flops := ModelShape.of(config).layer_flops_per_token):
-        raise ValueError(f"the cost of a layer of this {family} is not known: {2 * weights} FLOPs per token, counted as {flops}")
+    flops = ModelShape.of(config).layer_flops_per_token
+    for layer in causal_lm.model.layers:
+        if 2 * (weights := active_weights(layer, config)) != flops:
+            raise ValueError(f"the cost of a layer of this {family} is not known: {2 * weights:g} FLOPs per token, counted as {flops}")
     return difference
+
+
+def active_weights(layer: nn.Module, config: PreTrainedConfig) -> float:
+    """Numbers that a token is multiplied by in a layer: all of its matrices, and of stacked experts those that take the token."""
+    share = ModelShape.of(config).active_experts / max(1, num_experts(config))
+    return sum(p.numel() * (share if p.dim() == 3 else 1) for p in layer.parameters() if p.dim() > 1)
 
 
 def small_copy(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -86,6 +93,9 @@ def small_copy(config: PreTrainedConfig) -> PreTrainedConfig:
     }
     if getattr(config, "head_dim", None):
         changes["head_dim"] = head_width
+    if num_experts(config):
+        name = "num_experts" if "num_experts" in config.to_dict() else "num_local_experts"
+        changes |= {name: min(num_experts(config), 2 + config.num_experts_per_tok), "moe_intermediate_size": 48}
     if window := window_of(config):
         # whether the recipe's sequences fit into it is asked elsewhere
         changes["sliding_window"] = max(window, sum(LENGTHS))
@@ -116,6 +126,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
 def padded_logits(causal_lm: PreTrainedModel) -> torch.Tensor:
     """``[T, V]`` of the samples, by `transformers` alone."""
     causal_lm.config._attn_implementation = "eager"
+    causal_lm.config._experts_implementation = "eager"
     ids_BL = nn.utils.rnn.pad_sequence([torch.from_numpy(sample.tokens) for sample in _samples()], batch_first=True)
     mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(LENGTHS)[:, None]
     logits_BLV = causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False, return_dict=True).logits

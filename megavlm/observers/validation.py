@@ -74,7 +74,7 @@ class Validation(Observer):
                 number, pack = self.packs[first + world.rank if is_own else 0]
                 sums_G = engine(pack.to(world.device))
                 if is_own:
-                    losses_st[number] += sums_G[:-1].double().cpu().numpy().reshape(-1, len(TASKS)).sum(0)
+                    losses_st[number] += sums_G[: engine.module.num_groups].double().cpu().numpy().reshape(-1, len(TASKS)).sum(0)
                     labels_st[number] += pack.task_labels
         finally:
             engine.train()

@@ -100,6 +100,12 @@ class Parts:
         return Costing(RoutingPlan(*policies, self.shape.num_layers, always), self.shape)
 
     @property
+    def balance_weights(self) -> list[float]:
+        """Factor of the loss that balances experts; none for a dense model."""
+        given = self.config.loss.balance_weight
+        return [self.model_configuration.router_aux_loss_coef if given is None else given] if self.shape.num_experts else []
+
+    @property
     def mixture(self) -> Mixture:
         """The mixture of a resolved configuration."""
         if self.config.data.mixture is None:

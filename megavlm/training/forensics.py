@@ -125,7 +125,7 @@ def _run_pack(backbone, pack, seed: int) -> dict[str, Any]:
 
     hooks = [module.register_forward_hook(look(name)) for name, module in backbone.named_modules() if name]
     device = next(backbone.parameters()).device
-    loss_sums_G = backbone(pack.to(device))[:-1]  # the last one is that of gates
+    loss_sums_G = backbone(pack.to(device))[: backbone.num_groups]
     for hook in hooks:
         hook.remove()
     backbone.zero_grad()

@@ -17,6 +17,7 @@ from megavlm.engine.weights import CheckpointWeights, DoesNotFit
 from megavlm.errors import ConfigError
 from megavlm.runs.manifest import complete_checkpoints, verify
 from megavlm.system.world import World
+from megavlm.training.stacked_experts import Stored, with_stacked_experts
 from megavlm.vocabulary import Vocabulary, same_text_model
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,12 @@ def _of_safetensors(
         files = [safe_open(shard, framework="pt") for shard in shards]
     except (OSError, SafetensorError) as error:
         raise ConfigError(_does_not_fit(path, f"a file is damaged: {error}")) from error
-    holder = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+    stored = {
+        name: Stored(torch.Size(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
+        for file in files
+        for name in file.keys()  # noqa: SIM118 (a file is no mapping)
+    }
+    holder = with_stacked_experts(stored)
     found = {name: next((other for other in names[name] if other in holder), None) for name in shapes}
     missing = sorted(name for name, other in found.items() if other is None)
     unexpected = sorted(set(holder) - {other for others in names.values() for other in others})
@@ -121,8 +127,7 @@ def _of_safetensors(
     readers: dict[str, Callable[[], torch.Tensor]] = {}
     for name, other in found.items():
         assert other is not None
-        there, wanted = torch.Size(holder[other].get_slice(other).get_shape()), shapes[name]
-        read = partial(holder[other].get_tensor, other)
+        (there, read), wanted = holder[other], shapes[name]
         if there != wanted and name in vocabulary_matrices and there == (num_old, *wanted[1:]):
             read = partial(_read_grown, read, wanted[0])
         elif there != wanted:

@@ -1,8 +1,8 @@
 """The training loop: fetch the step's packs, normalise, forward and backward per pack, step, report.
 
 The loss of a step is ``sum over tasks of weight * (sum of cross-entropy / number of labelled tokens)``, both sums over all packs of the
-step on all ranks, plus the auxiliary loss of learned gates per image token. The numbers are known from the packs before the first forward
-pass, so the gradient does not depend on how packs are split over ranks and micro-batches (P8).
+step on all ranks, plus the auxiliary loss of learned gates per image token and that of experts per pack. The numbers are known from the
+packs before the first forward pass, so the gradient does not depend on how packs are split over ranks and micro-batches (P8).
 
 Before every micro-batch the ranks agree whether to continue (`megavlm.engine.agreement`). A step that is given up half-way has changed
 nothing: the checkpoint written then is that of the step before. Tested by `tests/distributed/test_training.py`.
@@ -88,7 +88,7 @@ class Trainer:
         self.meters = Meters(world, list(config.data.sources), parts.plan.bounds, self.engine.module.recomputed_shares(parts.plan.bounds))
         self.stragglers = Stragglers(world, self.folder.stragglers)
         weights = [config.loss.task_weights.get(task, 1.0) for task in TASKS]
-        self.loss_weights = torch.tensor([*weights, config.loss.gate_weight])
+        self.loss_weights = torch.tensor([*weights, config.loss.gate_weight, *parts.balance_weights])
         self.step = 0
         self.states: dict[int, State] = {}
         self.digests = dict.fromkeys(self.lanes, "")
@@ -217,7 +217,7 @@ class Trainer:
                 for observer in self.observers:
                     watching.enter_context(observer.around_pack(step, number, pack))
                 loss_sums_G = engine(here)
-            losses.append(loss_sums_G[:-1].detach())
+            losses.append(loss_sums_G[: engine.module.num_groups].detach())
             loss = (loss_sums_G * factor_G).sum()
             step_loss += loss.detach()
             self.watchdog.enter("backward")
@@ -324,15 +324,16 @@ class Trainer:
         torch.manual_seed(integer_seed(self.parts.config.seed, Purpose.MODULES, pack.step, pack.lane))
 
     def _loss_totals(self, packs: list[Pack]) -> torch.Tensor:
-        """Labelled tokens of each task, and image tokens, of the whole step on all ranks: float64 ``[len(TASKS) + 1]``, on the host."""
-        return self.world.sum(np.append(sum(p.task_labels for p in packs), sum(p.image_tokens.sum() for p in packs)))
+        """Labelled tokens of each task, image tokens, and packs, of the whole step on all ranks: float64, on the host."""
+        counts = [sum(p.image_tokens.sum() for p in packs), len(packs)]
+        return self.world.sum(np.append(sum(p.task_labels for p in packs), counts))[: len(self.loss_weights)]
 
     def _loss_factors(self, totals: torch.Tensor) -> torch.Tensor:
-        """What each of the sums that the backbone gives is multiplied by: float32 ``[num_groups + 1]``, on the device."""
+        """What each of the sums that the backbone gives is multiplied by: float32, on the device."""
         # DeepSpeed averages gradients over ranks; the loss is normalised over all of them already
         factor = self.world.size * self.loss_weights / totals.clamp(min=1)
-        per_group = factor[:-1].repeat(len(self.parts.config.data.sources))
-        return self.world.to_device(torch.cat([per_group, factor[-1:]]).float())
+        per_group = factor[: len(TASKS)].repeat(len(self.parts.config.data.sources))
+        return self.world.to_device(torch.cat([per_group, factor[len(TASKS) :]]).float())
 
     def _report(self, step: int, gradient_norm: float) -> None:
         values = self.meters.report()

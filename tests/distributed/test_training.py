@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from megavlm.data.pack.pack import build_pack
+from tests.conftest import TINY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import train, train_on_each, train_with_extra
+from tests.model.test_experts import EXPERTS
 from tests.routing.layouts import POLICIES, costing, make_samples
 
 
@@ -101,6 +103,35 @@ def test_ranks_with_wildly_different_packs_train_without_a_hang_and_as_one_proce
                 if name.endswith("exp_avg"):
                     expected = alone[policy]["weights"][name]
                     torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-5, msg=f"{policy} {name}")
+
+
+@pytest.mark.parametrize("families", [("qwen3_moe",), pytest.param(tuple(EXPERTS), marks=pytest.mark.slow)])
+def test_ranks_whose_tokens_choose_few_experts_train_without_a_hang_and_as_one_process_does(config, families):
+    """P7 and P8 with experts: a pack of a single token passes two or three of them, and the balance is one of the step's packs."""
+    kinds = [SINGLE_TOKEN, READ_ONLY + DRAW_ONLY, TEXT_ONLY, NO_LOSS]
+
+    def jobs(world_size):
+        steps = [[_pack(kinds[(lane + step) % 4], "random_ltd", lane, step) for lane in range(4)] for step in range(2)]
+        return {family: (config(f"{family}-{world_size}", with_experts(family)), steps) for family in families}
+
+    alone, two, four = (run_ranks(w, train_on_each, jobs(w), timeout_s=300)[0] for w in (1, 2, 4))
+    for family in families:
+        for together in (two[family], four[family]):
+            assert together["norms"] == pytest.approx(alone[family]["norms"], rel=1e-3), family
+            for name, value in together["weights"].items():
+                if name.endswith("exp_avg"):
+                    expected = alone[family]["weights"][name]
+                    torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-5, msg=f"{family} {name}")
+
+
+def with_experts(family):
+    architecture = {name: value for name, value in TINY["model.architecture"].items() if name != "head_dim"}
+    return {
+        "model.architecture": architecture | {"model_type": family} | EXPERTS[family],
+        "model.activation_checkpointing": family == "olmoe",
+        "loss.balance_weight": 0.5,
+        "optimizer.warmup_steps": 0,
+    }
 
 
 def _pack(layout, policy, lane, step):

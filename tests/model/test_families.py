@@ -18,6 +18,7 @@ from megavlm.model.architecture import ModelConfig
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.configuration import ABOUT_THE_FILE, LEFTOVERS, REPLACED, read_configuration
 from megavlm.model.families import EXACT, rotates
+from megavlm.model.proof import active_weights
 from megavlm.model.rotary import without_rotary
 from megavlm.routing.plan import RoutingPlan, Schedule
 from megavlm.routing.policies import Dense
@@ -56,6 +57,9 @@ VARIANTS = [
     ("exaone4", {"layer_types": KINDS, "sliding_window": 40, "sliding_window_pattern": None}),
     ("starcoder2", {"use_bias": False}),
     ("seed_oss", {"attention_bias": False, "attention_out_bias": True}),
+    ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    ("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True, "clip_qkv": 0.2}),
+    ("qwen3_moe", {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "norm_topk_prob": True, "head_dim": 32}),
 ]
 
 
@@ -64,6 +68,8 @@ def architecture_of(model_type, **fields):
     sizes = {name: value for name, value in SMALL.items() if name in {*kind.__dataclass_fields__, *kind.attribute_map}}
     if model_type in ("helium", "ministral"):  # transformers makes nothing of the others
         sizes["head_dim"] = 16
+    if model_type in ("mixtral", "olmoe", "qwen3_moe"):  # theirs are up to 128
+        sizes |= {"num_local_experts" if model_type == "mixtral" else "num_experts": 8, "num_experts_per_tok": 2}
     if "text_config" in kind.sub_configs_defaults:
         text = kind.sub_configs_defaults["text_config"].model_type
         sizes["text_config"] = architecture_of(text) if text in CONFIG_MAPPING else {}
@@ -97,8 +103,8 @@ def assert_exact(architecture):
     ours.square().sum().backward()
     rows = causal_lm.get_input_embeddings().weight.grad.abs().sum(1)
     assert rows[pack.tokens_T].all(), "no row is left out of learning"
-    weights = sum(p.numel() for p in causal_lm.model.layers[0].parameters() if p.dim() > 1)
-    assert ModelShape.of(causal_lm.config).layer_flops_per_token == 2 * weights
+    for layer in causal_lm.model.layers:
+        assert ModelShape.of(causal_lm.config).layer_flops_per_token == 2 * active_weights(layer, causal_lm.config)
 
 
 @pytest.mark.parametrize("model_type", EXACT)
@@ -136,7 +142,10 @@ def test_every_decoder_is_exact_or_refused_by_name(model_type):
         ("cohere2", {}, "cohere2 scales its logits"),
         ("gemma2", {}, "gemma2 caps"),
         ("gpt_oss", {}, "gpt_oss gives its attention sinks"),
-        ("mixtral", {}, "mixtral is a mixture of experts"),
+        ("deepseek_v3", {}, "deepseek_v3 is a mixture of experts"),
+        ("qwen3_moe", {"mlp_only_layers": [3]}, "qwen3_moe with experts in some of its layers only"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "qwen3_moe with experts in some of its layers only"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok (9) of mixtral is more than its 8 experts"),
         ("qwen3_next", {}, "qwen3_next carries a state"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "llama with dynamic rotary"),
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}}, "phi3 with longrope"),

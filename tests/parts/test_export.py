@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megavlm.engine.weights import load_weights
@@ -24,6 +24,7 @@ from megavlm.training.initial import load_initial_weights
 from tests.conftest import TINY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import train
+from tests.model.test_experts import EXPERTS
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
@@ -155,3 +156,43 @@ def test_an_export_carries_what_a_trained_route_and_features_need(make_config, t
     (tmp_path / "out" / "recipe.yaml").unlink()
     with pytest.raises(MegavlmError, match="(?s)by an older megavlm.*export the run again"):
         load_trained(tmp_path / "out")
+
+
+def architecture_with(family):
+    dense = {name: value for name, value in TINY["model.architecture"].items() if name != "head_dim"}
+    return dense | {"model_type": family} | EXPERTS[family]
+
+
+def test_a_model_with_experts_goes_to_transformers(make_config, tmp_path):
+    config = make_config({"model.architecture": architecture_with("qwen3_moe"), "checkpoint.every_steps": 1}, tmp_path / "run")
+    run_ranks(1, train, config, 1)
+    export(tmp_path / "run", tmp_path / "out")
+    causal_lm = Parts(config).make_causal_lm()
+    load_weights(find(tmp_path / "run")[-1], torch.nn.ModuleDict({"causal_lm": causal_lm}))
+    assert_same_logits(tmp_path / "out", causal_lm, Parts(config))
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_files_with_every_expert_by_itself_are_read(family, make_config, tmp_path):
+    """The model holds the experts of a layer as one tensor; published files, and exports, do not."""
+    parts = Parts(make_config({"model.architecture": architecture_with(family)}))
+    causal_lm, folder = parts.make_causal_lm(), tmp_path / "out"
+    causal_lm.save_pretrained(folder)
+    assert any(".experts.0." in name for name in load_file(folder / "model.safetensors"))
+    assert_same_logits(folder, causal_lm, parts)
+    for lacking in (".experts.1.", ".experts.0.w1.", ".experts.0.gate_proj."):
+        kept = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if lacking not in name}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=r"missing \['model.layers.0.mlp.experts"):
+            load_initial_weights(str(folder), parts.make_causal_lm(), parts.vocabulary)
+
+
+def assert_same_logits(folder, causal_lm, parts):
+    """Of a folder read by `transformers`, and as weights to begin with."""
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    fresh, tokens = parts.make_causal_lm(), torch.arange(1, 200, 3)[None]
+    load_initial_weights(str(folder), fresh, parts.vocabulary)
+    with torch.no_grad():
+        expected = causal_lm.eval()(tokens).logits
+        assert loaded.eval()(tokens).logits.equal(expected) and fresh.eval()(tokens).logits.equal(expected)
