@@ -25,6 +25,10 @@ MODULES_OF_TWO_LAYERS = {
     "seed_oss": {"norm": 5, "rotary": 2},  # its MLP has dropout
     "jais2": {"rotary": 2},  # torch's own LayerNorm, which is one kernel; no gate
     "starcoder2": {"rotary": 2},
+    # experts are one module for all of them
+    "mixtral": {"norm": 5, "rotary": 2},
+    "olmoe": {"norm": 9, "rotary": 2},
+    "qwen3_moe": {"norm": 9, "rotary": 2},
 }
 
 
