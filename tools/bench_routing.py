@@ -40,7 +40,7 @@ from megavlm.data.read.sample import Coordinates
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.parts.trained import to_bfloat16
 from megavlm.routing import policies as p
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.phases import Phases
 from megavlm.routing.tasks import Task
 
 VOCABULARY = 1024
@@ -289,15 +289,15 @@ def bench(
     wanted = [name.strip() for name in only.split(";")] if only else names
     for name in track([name for name in names if name in wanted], description="policies"):
         policy = policies(num_layers).get(name, policies(num_layers)["random_ltd"])
-        plan = RoutingPlan(*policy, num_layers, Schedule(1, 0.0, 0.0))
+        phases = Phases.always(*policy, num_layers)
         torch.manual_seed(0)
         with device:  # a large model takes long to make on the host
             causal_lm = make_causal_lm(architecture, VOCABULARY)
-            backbone = Backbone(causal_lm, plan, num_sources=1, max_labels=pack_tokens, chunk_rows=pack_tokens)
+            backbone = Backbone(causal_lm, phases, num_sources=1, max_labels=pack_tokens, chunk_rows=pack_tokens)
         if dtype == torch.bfloat16:
             to_bfloat16(backbone)
         shape = ModelShape.of(causal_lm.config)
-        pack = build_pack(samples, Costing(plan, shape), num_sources=1, lane=0, step=0, seed=0)
+        pack = build_pack(samples, Costing(phases, shape), num_sources=1, lane=0, step=0, seed=0)
         if name == GATHERED:  # the router's own price: it would leave rows alone where all are active
             pack.route.stages[1].active_K = torch.arange(pack.num_tokens)
         routed, dense = pack.to(device), pack.with_dense_route().to(device)

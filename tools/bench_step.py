@@ -32,7 +32,7 @@ from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.fusion import PARTS, Part
 from megavlm.monitor.phases import OWN, Phases
 from megavlm.parts.resolve import resolve
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.phases import Phases as RoutingPhases
 from megavlm.runs.folder import RunFolder
 from megavlm.system import world as distributed
 from megavlm.training.observers import Observer, Training
@@ -57,14 +57,14 @@ def measure_parts(width: int, num_layers: int, pack_tokens: int, repeats: int) -
         "num_key_value_heads": max(1, width // 64),
         "head_dim": 64,
     }
-    plan = RoutingPlan(*policies(num_layers)["dense"], num_layers, Schedule(1, 0.0, 0.0))
+    phases = RoutingPhases.always(*policies(num_layers)["dense"], num_layers)
     samples = make_samples(pack_tokens, 7)
     ways, first_s, times = {}, {}, {name: [] for name in CHOICES}
     for name, compiled in CHOICES.items():
         torch.manual_seed(0)
         causal_lm = make_causal_lm(architecture, VOCABULARY)
-        pack = build_pack(samples, Costing(plan, ModelShape.of(causal_lm.config)), num_sources=1, lane=0, step=0, seed=0).to(device)
-        backbone = Backbone(causal_lm, plan, num_sources=1, max_labels=pack_tokens, chunk_rows=pack_tokens, compiled=compiled)
+        pack = build_pack(samples, Costing(phases, ModelShape.of(causal_lm.config)), num_sources=1, lane=0, step=0, seed=0).to(device)
+        backbone = Backbone(causal_lm, phases, num_sources=1, max_labels=pack_tokens, chunk_rows=pack_tokens, compiled=compiled)
         ways[name] = backbone.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32), pack
         first_s[name] = _seconds(*ways[name])
     for turn in range(repeats + WARM_UP):

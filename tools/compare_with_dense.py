@@ -16,6 +16,7 @@ import torch
 
 from megavlm.parts.parts import Parts
 from megavlm.parts.trained import load_run_config
+from megavlm.routing.config import RoutingConfig
 from megavlm.runs.folder import RunFolder
 
 
@@ -28,8 +29,9 @@ def compare(run: str, num_packs: int = 8, repeats: int = 5):
         repeats: Passes over all of them, routed and dense in turn.
     """
     folder = RunFolder(run)
-    parts = Parts(load_run_config(folder, {"routing.warmup_fraction": 0.0}))
-    config = parts.config
+    config = load_run_config(folder)
+    understanding, generation = config.routing.trained
+    parts = Parts(config.model_copy(update={"routing": RoutingConfig(understanding=understanding, generation=generation)}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(config.seed)

@@ -21,7 +21,7 @@ from megavlm.costs import ModelShape
 from megavlm.data.pack.encode import EncodedSample
 from megavlm.data.pack.pack import Costing, Pack
 from megavlm.model.backbone import Backbone
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.phases import Phases
 from megavlm.routing.policies import Dense, LateDrop, LayerPlan, Policy, Tread
 from megavlm.routing.tasks import TASKS, Task, TaskName
 
@@ -129,8 +129,8 @@ class Probe:
 
     def packs(self, groups: list[list[EncodedSample]], understanding: Policy, generation: Policy) -> list[Pack]:
         """Run the samples along a route."""
-        plan = RoutingPlan(understanding, generation, self.shape.num_layers, Schedule(1, 0.0, 0.0))
-        return build_packs(groups, Costing(plan, self.shape), self.num_sources)
+        phases = Phases.always(understanding, generation, self.shape.num_layers)
+        return build_packs(groups, Costing(phases, self.shape), self.num_sources)
 
     def try_out(self, task: str, policy: Policy, layer: int) -> Candidate:
         """Measure one policy for one kind of image."""

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 
 from megavlm.config.document import shown
 from megavlm.config.run import RunConfig
+from megavlm.engine.schedule import LearningRates
 from megavlm.monitor.tags import is_tag, known_tags
+from megavlm.routing.config import RoutingConfig
 from megavlm.routing.tasks import TASKS
 
 MOST_CHUNKS = 1024
 """Calls of the output head per pack."""
+SLACK = 1e-3
+"""So far the fractions of phases may be from 1: 0.333 is written for a third."""
 SMALLEST_SHARE = 1e-9
 """Least share of a source; one with less would never be drawn."""
 
@@ -35,21 +39,47 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _optimizer(config: RunConfig) -> Iterator[tuple[str, str]]:
-    optimizer = config.optimizer
-    if optimizer.warmup_steps > optimizer.num_steps:
-        yield (
-            "optimizer.warmup_steps",
-            f"the warm-up of {optimizer.warmup_steps} steps is longer than the run of {optimizer.num_steps}"
-            " (optimizer.num_steps); lower it",
+    num_steps = config.optimizer.num_steps
+    for phase, schedule in LearningRates(config.optimizer, config.routing.phases_in(num_steps)).schedules:
+        place = f"{phase.place}.optimizer" if phase.optimizer else "optimizer"
+        whole = f"the run of {num_steps} (optimizer.num_steps)"
+        steps = (
+            whole if schedule.num_steps == num_steps else f"its schedule of {schedule.num_steps}, which ends where a phase begins another"
         )
-    if optimizer.learning_rate * optimizer.weight_decay >= 1:
-        yield "optimizer.weight_decay", "times learning_rate it is 1 or more, so one step erases the weights; lower one of them"
+        if schedule.warmup_steps > schedule.num_steps:
+            yield f"{place}.warmup_steps", f"the warm-up of {schedule.warmup_steps} steps is longer than {steps}; lower it"
+        elif schedule.schedule == "wsd" and schedule.warmup_steps + schedule.decay_steps > schedule.num_steps:
+            decay = f"the decay of {schedule.decay_steps} steps and the warm-up of {schedule.warmup_steps}"
+            yield f"{place}.decay_fraction", f"{decay} are longer than {steps}; lower one of them"
+        if schedule.learning_rate * schedule.weight_decay >= 1:
+            yield (
+                "optimizer.weight_decay",
+                f"times {place}.learning_rate it is 1 or more, so one step erases the weights; lower one of them",
+            )
 
 
 def _routing(config: RunConfig) -> Iterator[tuple[str, str]]:
     routing = config.routing
     if routing.warmup_fraction + routing.dense_finish_fraction > 1:
         yield "routing.warmup_fraction", "with dense_finish_fraction it is more than the whole run; lower one of them"
+    if not routing.phases:
+        return
+    unlisted = ("understanding", "generation", "warmup_fraction", "dense_finish_fraction")
+    if given := [name for name in unlisted if getattr(routing, name) != RoutingConfig.model_fields[name].default]:
+        names = " and ".join(f"routing.{name}" for name in given)
+        yield "routing.phases", f"the run has a list of phases, and {names} beside it; say the whole route in phases, or without them"
+    whole = sum(phase.fraction for phase in routing.phases)
+    if abs(whole - 1) > SLACK:
+        yield "routing.phases", f"their fractions add up to {whole:.6g}; make it 1"
+        return
+    num_steps = config.optimizer.num_steps
+    there = {phase.place for phase in routing.phases_in(num_steps)}
+    for number, phase in enumerate(routing.phases):
+        if f"routing.phases.{number}" not in there:
+            yield (
+                f"routing.phases.{number}.fraction",
+                f"{phase.fraction:g} of {num_steps} steps (optimizer.num_steps) is no step; make it larger, or leave the phase out",
+            )
 
 
 def _best(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from megavlm.config.document import foreign_values, parse_yaml, shown, shown_tex
 from megavlm.config.mistakes import describe_all, message_of
 from megavlm.config.run import RunConfig
 from megavlm.errors import ConfigError, MegavlmError
-from megavlm.routing.plan import RoutingConfig
+from megavlm.routing.config import PhaseConfig, RoutingConfig
 from megavlm.system.files import RECIPES, find_resource, write_if_new
 from megavlm.system.user_code import import_user_module
 
@@ -103,6 +103,7 @@ def _import_modules(tree: dict, recipe: Path) -> None:
             ) from error
     if names:
         # the union of policies is part of the schema
+        PhaseConfig.model_rebuild(force=True)
         RoutingConfig.model_rebuild(force=True)
         RunConfig.model_rebuild(force=True)
 

@@ -81,8 +81,8 @@ def nearest_path(path: str, root: type[Settings] = RunConfig) -> str:
 
 def all_paths(annotation: Any, prefix: str = "") -> Iterator[str]:
     """Dotted paths of all settings below a Config class; ``*`` stands for the names of a mapping."""
-    if get_origin(annotation) is dict:
-        yield from all_paths(get_args(annotation)[1], f"{prefix}*.")
+    if get_origin(annotation) in (dict, list):
+        yield from all_paths(get_args(annotation)[-1], f"{prefix}*.")
     elif annotation is Policy:
         for policy in POLICIES.values():
             yield from all_paths(policy, prefix)

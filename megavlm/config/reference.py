@@ -4,6 +4,7 @@ Tested by `tests/config/test_reference.py`.
 """
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from megavlm.config.run import RunConfig
+from megavlm.config.timeline import timeline
 from megavlm.routing.policies import POLICIES, Policy
 from megavlm.settings import MOST, Settings
 
@@ -32,6 +34,8 @@ UNITS = {
 """Last word of a setting's name -> its unit."""
 UNIT_OF = {"num_lanes": "packs per step", "height": "codes", "width": "codes", "fill": "share, 0 to 1", "min_lr_ratio": "share of the peak"}
 """Settings whose names end otherwise."""
+
+POLICY_OF = "routing.understanding."
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,11 @@ def _choice(member: type[Settings]) -> str:
 
 def _classes(annotation: Any, prefix: str) -> Iterator[tuple[str, type[Settings]]]:
     """The classes of settings that a value may be, each with its prefix."""
-    if get_origin(annotation) is dict:
-        yield from _classes(get_args(annotation)[1], f"{prefix}*.")
+    if get_origin(annotation) in (dict, list):
+        yield from _classes(get_args(annotation)[-1], f"{prefix}*.")
     elif annotation is Policy:
-        # the same for both tasks: said once
-        yield from (
-            (prefix, policy) for policy in POLICIES.values() if policy.__module__.startswith("megavlm.") and "understanding" in prefix
-        )
+        # the same for both tasks and in all phases: said once
+        yield from ((prefix, policy) for policy in POLICIES.values() if policy.__module__.startswith("megavlm.") and prefix == POLICY_OF)
     elif isinstance(annotation, type) and issubclass(annotation, Settings):
         yield prefix, annotation
     elif get_origin(annotation) in (Union, UnionType) or hasattr(annotation, "__metadata__"):
@@ -151,7 +153,7 @@ def _text(meaning: str | None) -> str:
 
 
 def describe(config: RunConfig) -> list[str]:
-    """Lines that say every setting of a recipe with its value, default, unit and meaning."""
+    """Lines that say every setting of a recipe with its value, default, unit and meaning, and then the phases of its run."""
     known = {(block.title, setting.path): setting for block in blocks() for setting in block.settings}
     lines = []
     for path, value in _flat(config.model_dump(mode="json")):
@@ -161,11 +163,13 @@ def describe(config: RunConfig) -> list[str]:
         default = f"default {found[0].default}" if found[0].default else "no default"
         remark = ", ".join(part for part in (found[0].unit, default) if part)
         lines += [f"{path}: {_shown(value)}  ({remark})", *(f"    {line}" for line in textwrap.wrap(found[0].meaning, 110))]
-    return lines
+    return [*lines, "", *timeline(config)]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(number): each for number, each in enumerate(value)}
         if isinstance(value, dict) and value and f"{prefix}{name}" not in ("model.architecture", "loss.task_weights", "data.mixture"):
             yield from _flat(value, f"{prefix}{name}.")
         else:
@@ -174,7 +178,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _fits(path: str, name: str, title: str, config: RunConfig) -> bool:
     """Whether a setting of the schema is the one at a path of a recipe: of the class that the recipe chose."""
-    given = path.replace("routing.generation.", "routing.understanding.").split(".")
+    given = re.sub(r"^routing\.(phases\.\d+\.)?(understanding|generation)\.", POLICY_OF, path).split(".")
     pattern = name.split(".")
     if len(given) != len(pattern) or any(one not in (other, "*") for one, other in zip(pattern, given, strict=True)):
         return False
@@ -182,7 +186,7 @@ def _fits(path: str, name: str, title: str, config: RunConfig) -> bool:
         return True
     chosen: Any = config
     for part in path.split(".")[:-1]:
-        chosen = getattr(chosen, part)
+        chosen = chosen[int(part)] if isinstance(chosen, list) else getattr(chosen, part)
     return title.endswith(f": {_choice(type(chosen))}")
 
 
@@ -193,7 +197,8 @@ def page() -> str:
         "",
         "`python tools/settings_page.py` writes this page from the schema; a test compares them. `megavlm recipe show RECIPE` prints",
         "the same with the values of a recipe. Settings without a default must be given. `*` stands for a name of your own.",
-        "`routing.generation` takes the same policies as `routing.understanding`. [How values are read](recipes.md) is another page.",
+        "`routing.generation` and every phase take the same policies as `routing.understanding`.",
+        "[How values are read](recipes.md) is another page.",
     ]
     for block in blocks():
         lines += ["", f"## {block.title or 'At the top'}", "", *([block.meaning, ""] if block.meaning else [])]

@@ -10,7 +10,7 @@ from megavlm.model.architecture import ModelConfig
 from megavlm.model.loss import LossConfig
 from megavlm.monitor.metrics import MonitorConfig
 from megavlm.monitor.phases import ProfileConfig
-from megavlm.routing.plan import RoutingConfig
+from megavlm.routing.config import RoutingConfig
 from megavlm.runs.retention import CheckpointConfig
 from megavlm.settings import PathText, Seed, Settings
 from megavlm.vocabulary import VocabularyConfig

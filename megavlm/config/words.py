@@ -20,7 +20,8 @@ SOUGHT = {
     **dict.fromkeys(("max_steps", "num_train_steps", "total_steps"), "set optimizer.num_steps"),
     **dict.fromkeys(("lr", "peak_lr"), "set optimizer.learning_rate"),
     **dict.fromkeys(
-        ("scheduler", "lr_scheduler", "lr_scheduler_type"), "it is always a warm-up and a cosine: optimizer.warmup_steps, min_lr_ratio"
+        ("scheduler", "lr_scheduler", "lr_scheduler_type"),
+        "set optimizer.schedule: cosine, wsd, linear or constant, after optimizer.warmup_steps",
     ),
     **dict.fromkeys(("max_grad_norm", "grad_clip", "clip_grad_norm"), "set optimizer.gradient_clipping"),
     **dict.fromkeys(("fp16", "bf16", "precision", "mixed_precision"), "set model.dtype"),

@@ -15,7 +15,7 @@ OF_THE_RECIPE = {
     "bf16": "model.dtype",
     "fp16": "model.dtype",
     "optimizer": "optimizer",
-    "scheduler": "optimizer.warmup_steps and optimizer.min_lr_ratio",
+    "scheduler": "optimizer.schedule and optimizer.warmup_steps",
     "activation_checkpointing": "model.activation_checkpointing",
     "tensorboard": "monitor",
     "timers": "monitor",

@@ -47,7 +47,7 @@ class Check:
         encoder = self._try(lambda: parts.encoder)
         if encoder:
             self._try(lambda: check_model(parts, 1))
-            self._try(lambda: parts.plan)
+            self._try(lambda: parts.phases)
             self._try(lambda: check_lanes(self.config, 1))
             self._try(lambda: self.facts.append(f"model: {sum(parameter_sizes(parts.model_configuration)):,} parameters"))
         for block, sources in (("data", self.config.data.sources), ("validation", self.config.validation.sources)):

@@ -102,6 +102,7 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
     from megavlm.observers.profile import Profile
     from megavlm.observers.remarks import Remarks
     from megavlm.observers.routes import Routes
+    from megavlm.observers.switches import Switches
     from megavlm.observers.validation import Validation
     from megavlm.parts.fitness import check_lanes
     from megavlm.parts.resolve import resolve
@@ -116,7 +117,7 @@ def make_trainer(config: RunConfig, world: "World") -> "Trainer":
     check_lanes(config, world.size)
     check_writers(config.monitor.writers)
     read_deepspeed_file(config.engine.deepspeed)
-    observers = [Instruments(), Validation(), Drawings(), Answers(), Routes(), Remarks(), Bar(), Profile()]
+    observers = [Instruments(), Validation(), Drawings(), Answers(), Routes(), Switches(), Remarks(), Bar(), Profile()]
     return Trainer(resolve(config, RunFolder(config.run_dir), world), world, observers)
 
 

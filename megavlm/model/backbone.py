@@ -33,7 +33,7 @@ from megavlm.model.fusion import Part, fuse
 from megavlm.model.loss import chunked_loss
 from megavlm.model.rotary import without_rotary
 from megavlm.routing.injection import Injector
-from megavlm.routing.plan import RoutingPlan
+from megavlm.routing.phases import Phases
 from megavlm.routing.route import Stage
 from megavlm.routing.router import Router
 from megavlm.routing.rows import take_rows
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
 
     Args:
         causal_lm: The stock model; its weights are the backbone's.
-        plan: The run's routing plan; gates and injectors that its policies need become parts of the backbone.
+        phases: The run's routing plans; gates and injectors that their policies need become parts of the backbone.
         num_sources: Sources of the mixture, for losses per source.
         max_labels: Upper bound of a pack's labelled rows.
         chunk_rows: Labelled rows per call of the output head.
@@ -74,7 +74,7 @@ class Backbone(nn.Module):
     def __init__(
         self,
         causal_lm: PreTrainedModel,
-        plan: RoutingPlan,
+        phases: Phases,
         num_sources: int,
         max_labels: int,
         *,
@@ -87,7 +87,6 @@ class Backbone(nn.Module):
         self.causal_lm = causal_lm
         fuse(causal_lm, compiled)
         self.compiles_loss = "loss" in compiled
-        self.selectors = plan.selectors
         self.num_groups = num_sources * len(TASKS)
         """Pairs of a source and a task."""
         self.num_chunks = math.ceil(max_labels / chunk_rows)
@@ -100,9 +99,9 @@ class Backbone(nn.Module):
         self.gates = nn.ModuleDict()
         self.injectors = nn.ModuleDict()
         for task in (Task.UNDERSTANDING, Task.GENERATION):
-            for layer in plan.layers_that("gate", task):
+            for layer in phases.layers_that("gate", task):
                 self.gates[f"{task}_{layer}"] = nn.Linear(shape.width, 1)
-            for layer in plan.layers_that("inject", task):
+            for layer in phases.layers_that("inject", task):
                 self.injectors[f"{task}_{layer}"] = Injector(shape.width, shape.num_kv_heads, shape.head_width)
 
     def forward(self, work) -> torch.Tensor:
@@ -140,7 +139,7 @@ class Backbone(nn.Module):
         model.config._experts_implementation = implementation_for(model.embed_tokens.weight.dtype)
         embedding_TD = self._embed(pack)
         cos_T, sin_T = (table[0] for table in model.rotary_emb(embedding_TD[None], pack.positions_T[None]))
-        router = Router(pack.route, embedding_TD, self.selectors, self.gates)
+        router = Router(pack.route, embedding_TD, self.gates)
         for stage in pack.route.stages:
             active = router.enter(stage)
             x_KD, cos_K, sin_K = router.take(active, cos_T, sin_T)

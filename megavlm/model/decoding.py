@@ -50,7 +50,7 @@ class Decoder:
         self.model = model
         self.device = device
         pack = build_pack(list(samples), costing, num_sources=1, lane=0, step=0, seed=0)
-        check_start(pack, prompt_lengths, costing.plan.selectors)
+        check_start(pack, prompt_lengths)
         self.pack = pack.to(device)
         self.lengths_B = torch.tensor(pack.sequences.lengths, device=device)
         self.starts_B = self.lengths_B.cumsum(0) - self.lengths_B

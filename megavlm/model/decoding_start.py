@@ -15,13 +15,12 @@ from megavlm.routing.route import Choice
 from megavlm.routing.selectors import DEVICE_SELECTORS, Candidates
 
 
-def check_start(pack: Pack, prompt_lengths: Sequence[int], selectors: Sequence[str]) -> None:
+def check_start(pack: Pack, prompt_lengths: Sequence[int]) -> None:
     """Refuse to decode where a token that is not given decides which of the tokens before it are active.
 
     Args:
         pack: The whole sequences, on the host.
         prompt_lengths: Tokens given of each.
-        selectors: Names of the tasks' selectors.
 
     Raises:
         MegavlmError: Naming the sequence, what is missing, and where to begin instead.
@@ -53,12 +52,12 @@ def check_start(pack: Pack, prompt_lengths: Sequence[int], selectors: Sequence[s
         for choice in stage.choices:
             if choice.plan.how == "gate":  # looks back only
                 continue
-            _check_choice(choice, pack.route.candidates[choice.task], selectors[choice.task], check)
+            _check_choice(choice, pack.route.candidates[choice.task], check)
 
 
-def _check_choice(choice: Choice, among: Candidates, selector: str, check) -> None:
-    needs_question = choice.plan.how == "select" and DEVICE_SELECTORS[selector].needs_question
-    name = selector if choice.plan.how == "select" else "merge"
+def _check_choice(choice: Choice, among: Candidates, check) -> None:
+    needs_question = choice.plan.how == "select" and DEVICE_SELECTORS[choice.selector].needs_question
+    name = choice.selector if choice.plan.how == "select" else "merge"
     rows_C, span_C = among.rows_C.numpy(), among.span_C.numpy()
     for n, (length, kept) in enumerate(zip(among.lengths, choice.kept)):
         if kept in (0, length):  # content decides nothing

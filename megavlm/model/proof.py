@@ -19,7 +19,7 @@ from megavlm.data.read.sample import Coordinates
 from megavlm.errors import ConfigError
 from megavlm.model.backbone import Backbone
 from megavlm.model.families import read_exact, window_of
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.phases import Phases
 from megavlm.routing.policies import Dense
 from megavlm.routing.tasks import Task
 
@@ -136,9 +136,9 @@ def padded_logits(causal_lm: PreTrainedModel) -> torch.Tensor:
 def packed_logits(causal_lm: PreTrainedModel) -> torch.Tensor:
     """``[T, V]`` of the samples as one pack, as in training."""
     config = causal_lm.config
-    plan = RoutingPlan(Dense(), Dense(), config.num_hidden_layers, Schedule(1, 0.0, 0.0))
-    backbone = Backbone(causal_lm, plan, num_sources=1, max_labels=sum(LENGTHS), chunk_rows=sum(LENGTHS))
-    h_TD, _ = backbone.hidden_states(_pack(Costing(plan, ModelShape.of(config))))
+    phases = Phases.always(Dense(), Dense(), config.num_hidden_layers)
+    backbone = Backbone(causal_lm, phases, num_sources=1, max_labels=sum(LENGTHS), chunk_rows=sum(LENGTHS))
+    h_TD, _ = backbone.hidden_states(_pack(Costing(phases, ModelShape.of(config))))
     return causal_lm.lm_head(causal_lm.model.norm(h_TD))
 
 

@@ -25,6 +25,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "seconds per step": _chart(r"^time/step_s$"),
         "share of time that ranks wait for data": _chart(r"^time/data_wait_share$"),
         "FLOPs left by the route": _chart(r"^routing/flops_share"),
+        "phase of the route": _chart(r"^routing/phase$"),
     },
     "3 balance": {
         "slowest rank over mean": _chart(r"^balance/(planned|measured)_max_over_mean$"),

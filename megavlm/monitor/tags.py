@@ -14,6 +14,7 @@ ALWAYS = (
         "throughput/recomputed_tflops_per_s",
         "throughput/dense_equivalent_tflops_per_s",
         "routing/flops_share",
+        "routing/phase",
     ),
     *("throughput/executed_mfu", "throughput/dense_equivalent_mfu"),
     *("balance/planned_max_over_mean", "balance/probe_max_over_median", "balance/data_wait_max_s", "balance/measured_max_over_mean"),

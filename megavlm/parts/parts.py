@@ -17,12 +17,13 @@ from megavlm.data.pack.pack import Costing
 from megavlm.data.pack.sources import Source, State, make_sources
 from megavlm.data.read.urls import Opener
 from megavlm.data.tools.simulate import Situation
+from megavlm.engine.schedule import LearningRates
 from megavlm.image_tokenizers.build import ImageTokenizer, build_image_tokenizer
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.configuration import read_configuration
 from megavlm.model.fusion import Part
-from megavlm.routing.plan import RoutingPlan, Schedule
-from megavlm.routing.policies import Dense
+from megavlm.routing.config import DENSE
+from megavlm.routing.phases import Phases
 from megavlm.vocabulary import Vocabulary
 
 
@@ -77,27 +78,29 @@ class Parts:
         return read_configuration(self.config.model.architecture, self.vocabulary.size)
 
     @cached_property
-    def plan(self) -> RoutingPlan:
-        """The policies with their schedule over the run; needs nothing that lies on the disk."""
-        routing = self.config.routing
+    def phases(self) -> Phases:
+        """The policies over the run; needs nothing that lies on the disk."""
         shape = ModelShape.of(read_configuration(self.config.model.architecture, 1))
-        schedule = Schedule(self.config.optimizer.num_steps, routing.warmup_fraction, routing.dense_finish_fraction)
-        plan = RoutingPlan(routing.understanding, routing.generation, shape.num_layers, schedule)
-        plan.check_head_width(shape.head_width)
-        return plan
+        phases = Phases(self.config.routing.phases_in(self.config.optimizer.num_steps), shape.num_layers)
+        phases.check_head_width(shape.head_width)
+        return phases
+
+    @cached_property
+    def learning_rates(self) -> LearningRates:
+        """The learning rate of every step."""
+        optimizer = self.config.optimizer
+        return LearningRates(optimizer, self.config.routing.phases_in(optimizer.num_steps))
 
     @cached_property
     def costing(self) -> Costing:
         """Costing of training packs."""
-        return Costing(self.plan, self.shape)
+        return Costing(self.phases, self.shape)
 
     @cached_property
     def inference_costing(self) -> Costing:
         """Costing of the route that ``evaluation.route`` names: dense, or the run's policies in full."""
-        routing, always = self.config.routing, Schedule(1, 0.0, 0.0)
-        is_dense = self.config.evaluation.route == "dense"
-        policies = (Dense(), Dense()) if is_dense else (routing.understanding, routing.generation)
-        return Costing(RoutingPlan(*policies, self.shape.num_layers, always), self.shape)
+        policies = DENSE if self.config.evaluation.route == "dense" else self.config.routing.trained
+        return Costing(Phases.always(*policies, self.shape.num_layers), self.shape)
 
     @property
     def balance_weights(self) -> list[float]:
@@ -140,7 +143,7 @@ class Parts:
         config = self.config
         return Backbone(
             causal_lm or self.make_causal_lm(),
-            self.plan,
+            self.phases,
             num_sources=len(config.data.sources),
             max_labels=config.data.pack_tokens,
             chunk_rows=config.loss.chunk_rows,
@@ -173,7 +176,4 @@ class Parts:
 def situation_of(config: RunConfig) -> Situation:
     """What `megavlm data simulate` needs of a recipe: its mixture, route and model."""
     parts = Parts(config).with_mixture()
-    config, routing = parts.config, parts.config.routing
-    # between warm-up and dense finish, where the route is in full
-    middle = (1 + routing.warmup_fraction - routing.dense_finish_fraction) / 2
-    return Situation(parts.mixture, parts.costing, config.data, config.seed, int(config.optimizer.num_steps * middle))
+    return Situation(parts.mixture, parts.costing, parts.config.data, parts.config.seed, parts.phases.typical_step)

@@ -134,16 +134,23 @@ def _writable() -> Iterator[None]:
 
 
 def _warn_of_growth(parts: Parts) -> None:
-    """Say what packs will hold in the dense finish, where they hold less before: a device that is full now would overflow then."""
-    data, schedule = parts.config.data, parts.plan.schedule
-    if data.pack_rows or schedule.first_dense_step == schedule.num_steps or schedule.strength(0) < 1:
+    """Say what packs will hold in a later phase, where they hold less at first: a device that is full now would overflow then."""
+    data = parts.config.data
+    if data.pack_rows:
         return
-    share = held_share(parts.mixture, token_shares(parts.mixture, data), parts.costing, step=0)
-    if share < 0.95:
+    shares = token_shares(parts.mixture, data)
+    held = {step: held_share(parts.mixture, shares, parts.costing, step) for step in parts.phases.first_steps}
+    most = max(held, key=held.__getitem__)
+    if held[0] < 0.95 * held[most]:
         log.warning(
-            "from step %d on everything is kept, and packs hold %.2f times as much for the backward pass as now; if they do not fit then,"
+            "from step %d on %s, and packs hold %.2f times as much for the backward pass as now; if they do not fit then,"
             " lower data.pack_tokens, or set data.pack_rows=%d: packs then hold no more than now at any moment",
-            *(schedule.first_dense_step, 1 / share, math.ceil(share * data.pack_tokens)),
+            *(
+                most,
+                "everything is kept" if held[most] > 0.999 else "more is kept",
+                held[most] / held[0],
+                math.ceil(held[0] * data.pack_tokens),
+            ),
         )
 
 

@@ -1,4 +1,4 @@
-"""The route of one pack, built from its layout and the plan of the run.
+"""The route of one pack, built from its layout and the plan of its step.
 
 Letters: s stages, C candidates, Q rows of questions, U rows of a stage that give keys.
 
@@ -19,9 +19,9 @@ def build_route(plan: RoutingPlan, layout: PackLayout, strength: float, rng: np.
     """Build the route of a pack.
 
     Args:
-        plan: The run's policies.
+        plan: The policies of the step.
         layout: The pack's sequences and spans.
-        strength: Strength of the schedule: 0 is dense, 1 is the policies in full.
+        strength: 0 is dense, 1 is the policies in full.
         rng: The pack's own random stream.
     """
     return _RouteBuilder(plan, layout, strength, rng).build()
@@ -113,6 +113,7 @@ class _RouteBuilder:
             kept=kept,
             take_K=torch.from_numpy(_concatenated(take)),
             quota_C=torch.from_numpy(quota),
+            selector=self.plan.selectors[task],
             needs_attention=is_new and self.plan.looks_at_attention(task, plan),
         )
 

@@ -1,67 +1,24 @@
-"""The policies of a run, resolved for a model: stages, and how many tokens are active in each (P4).
+"""A policy for each task, resolved for a model: stages, and how many tokens are active in each (P4).
 
 Letters: s stages.
 
 Tested by `tests/routing/test_route.py`.
 """
 
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import SerializeAsAny
 
 from megavlm.errors import ConfigError
 from megavlm.routing.checks import check_policies
-from megavlm.routing.policies import AnyPolicy, Dense, LayerPlan, Policy
+from megavlm.routing.policies import LayerPlan, Policy
 from megavlm.routing.route import BIAS_WIDTH
 from megavlm.routing.selectors import DEVICE_SELECTORS
 from megavlm.routing.tasks import Task
-from megavlm.settings import Settings, Share
 
 WIDEST_HEAD = 256
 """Columns of an attention head that kernels take at most (FlashAttention)."""
-
-
-class RoutingConfig(Settings):
-    """The route of each task and its schedule over the run."""
-
-    modules: list[str] = []
-    """Python modules or files that register policies and selectors of your own; see docs/write-a-policy.md."""
-    understanding: Annotated[SerializeAsAny[Policy], AnyPolicy] = Dense()
-    """Policy for image spans that the model reads (without a loss)."""
-    generation: Annotated[SerializeAsAny[Policy], AnyPolicy] = Dense()
-    """Policy for image spans that the model draws (with a loss)."""
-    warmup_fraction: Share = 0.0
-    """In this first share of the steps the number of active tokens falls linearly from all to the policy's."""
-    dense_finish_fraction: Share = 0.0
-    """In this last share of the steps every token is active, because inference is dense."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How far every share is on its way from 1 (dense) to the policy's value, as a function of the step.
-
-    Linear warm-up of the reduction (random-LTD, arXiv 2211.11586), and a dense finish because inference is dense (MaskDiT, arXiv
-    2306.09305).
-    """
-
-    num_steps: int
-    warmup_fraction: float
-    dense_finish_fraction: float
-
-    @property
-    def first_dense_step(self) -> int:
-        """Where the dense finish begins."""
-        return round(self.num_steps * (1 - self.dense_finish_fraction))
-
-    def strength(self, step: int) -> float:
-        """0 is dense, 1 is the policy in full."""
-        if step >= self.first_dense_step:
-            return 0.0
-        warmup_steps = self.num_steps * self.warmup_fraction
-        return min(1.0, step / warmup_steps) if warmup_steps else 1.0
 
 
 def num_kept(length_tokens: np.ndarray, keep_ratio: np.ndarray) -> np.ndarray:
@@ -72,25 +29,25 @@ def num_kept(length_tokens: np.ndarray, keep_ratio: np.ndarray) -> np.ndarray:
 
 
 class RoutingPlan:
-    """The policies of a run, resolved for a model: stages, counts, and routes of packs.
+    """A policy for each task, resolved for a model: stages, counts, and routes of packs.
 
     Args:
         understanding: Policy for image spans without a loss.
         generation: Policy for image spans with a loss.
         num_layers: Layers of the backbone.
-        schedule: Schedule of the shares over the run.
+        starts: Layers at which a stage begins although nothing changes there; it computes the same.
 
     Raises:
         ConfigError: If a policy does not fit the model or the task.
     """
 
-    def __init__(self, understanding: Policy, generation: Policy, num_layers: int, schedule: Schedule):
-        self.schedule = schedule
+    def __init__(self, understanding: Policy, generation: Policy, num_layers: int, starts: Sequence[int] = ()):
         self.selectors = [understanding.selector_name, generation.selector_name]
         of_task = [understanding.layers(num_layers), generation.layers(num_layers)]
         check_policies(understanding, generation, of_task, num_layers)
         layer_plans = list(zip(*of_task, strict=True))
-        starts = [i for i in range(num_layers) if i == 0 or _begins_stage(layer_plans[i - 1], layer_plans[i])]
+        begins = [i == 0 or i in starts or _begins_stage(layer_plans[i - 1], layer_plans[i]) for i in range(num_layers)]
+        starts = [i for i in range(num_layers) if begins[i]]
         self.bounds = list(zip(starts, [*starts[1:], num_layers]))
         self.plans: list[tuple[LayerPlan, LayerPlan]] = [layer_plans[first] for first in starts]
         # an injected prompt leaves its image alone

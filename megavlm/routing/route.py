@@ -54,6 +54,8 @@ class Choice:
     """Where the kept ones stand when the candidates are sorted by span and score."""
     quota_C: torch.Tensor
     """``kept`` for each candidate."""
+    selector: str
+    """Name of the selector that ranks, if ``plan`` says so."""
     needs_attention: bool = False
     """It makes a ranking, or merges, by queries or keys of the layer before."""
 

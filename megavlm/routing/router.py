@@ -28,14 +28,12 @@ class Router:
     Args:
         route: On the pack's device.
         h_TD: The residual stream after the embedding.
-        selectors: Names of the tasks' selectors.
         gates: ``task_layer`` → gate of a mixture of depths.
     """
 
-    def __init__(self, route: Route, h_TD: torch.Tensor, selectors: list[str], gates: nn.ModuleDict):
+    def __init__(self, route: Route, h_TD: torch.Tensor, gates: nn.ModuleDict):
         self.route = route
         self.h_TD = h_TD
-        self.selectors = selectors
         self.gates = gates
         self.log_sizes_T: torch.Tensor | None = None
         """Logarithm of how many tokens each row stands for; None before anything merged."""
@@ -111,7 +109,7 @@ class Router:
         draw = (choice.task, choice.plan.draw)
         if draw not in self._scores:
             evidence = Evidence(self.h_TD.detach(), self._q_THd, self._k_THd)
-            self._scores[draw] = DEVICE_SELECTORS[self.selectors[choice.task]].score(evidence, among).float()
+            self._scores[draw] = DEVICE_SELECTORS[choice.selector].score(evidence, among).float()
         group_C = among.span_C
         if choice.plan.nested and choice.task in self._chosen:
             # within each span, what was active in the stage before comes first

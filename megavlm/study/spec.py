@@ -18,8 +18,8 @@ from megavlm.config.mistakes import describe_all, message_of
 from megavlm.data.pack.mixture import token_shares
 from megavlm.errors import ConfigError
 from megavlm.parts.parts import Parts
-from megavlm.routing.plan import RoutingConfig
-from megavlm.routing.policies import Dense
+from megavlm.routing.config import DENSE as DENSE_POLICIES
+from megavlm.routing.config import RoutingConfig
 from megavlm.settings import Name, PathText, Seed, Settings
 from megavlm.system.files import find_resource, write_atomically
 
@@ -139,10 +139,11 @@ def _configure(study: StudyConfig, policy: dict[str, Any], data: Data, seed: int
     sources = {name: source for name, source in joint.data.sources.items() if name in wanted}
     data_part = {"sources": sources, "num_lanes": num_lanes, "pack_tokens": round(joint.data.pack_tokens * lanes / num_lanes)}
     routing, evaluation = joint.routing, joint.evaluation
-    routing = routing.model_copy(update={task: Dense() for task in study.tasks if task != data})
-    if routing.understanding == routing.generation == Dense():
-        # the policy has no route left: this is the dense arm
-        routing, evaluation = RoutingConfig(), evaluation.model_copy(update={"route": "dense"})
+    routing = routing.only(data)
+    if routing.trained == DENSE_POLICIES:
+        # the policy has no route left: this is the dense arm, unless its phases have schedules of their own
+        routing = routing if any(phase.optimizer for phase in routing.phases) else RoutingConfig()
+        evaluation = evaluation.model_copy(update={"route": "dense"})
     update = {"data": joint.data.model_copy(update=data_part), "routing": routing, "evaluation": evaluation}
     return joint.model_copy(update=update)
 

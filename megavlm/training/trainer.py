@@ -32,7 +32,6 @@ from megavlm.engine.checkpoint import Checkpointer
 from megavlm.engine.guard import Guard
 from megavlm.engine.partition import make_partitioned
 from megavlm.engine.protocol import Engine
-from megavlm.engine.schedule import learning_rate
 from megavlm.engine.signals import REASONS, Wish, end_time_of_job
 from megavlm.engine.watchdog import Watchdog
 from megavlm.engine.zero import document_of, forget_gradients, gradient_norm, start_engine
@@ -85,7 +84,9 @@ class Trainer:
         self.engine = self._build_engine()
         # of the groups that DeepSpeed has made, too
         set_timeout(config.engine.timeout_s)
-        self.meters = Meters(world, list(config.data.sources), parts.plan.bounds, self.engine.module.recomputed_shares(parts.plan.bounds))
+        self.meters = Meters(
+            world, list(config.data.sources), parts.phases.bounds, self.engine.module.recomputed_shares(parts.phases.bounds)
+        )
         self.stragglers = Stragglers(world, self.folder.stragglers)
         weights = [config.loss.task_weights.get(task, 1.0) for task in TASKS]
         self.loss_weights = torch.tensor([*weights, config.loss.gate_weight, *parts.balance_weights])
@@ -190,14 +191,14 @@ class Trainer:
         Returns:
             The gradient norm before clipping, on the device; None if the ranks agreed to stop before the step was complete.
         """
-        config, engine = self.parts.config, self.engine
+        engine = self.engine
         begin = time.perf_counter()
         packs, states = next(self.loader)
         data_wait_s = time.perf_counter() - begin
         self.watchdog.enter("wait for the ranks' data")
         totals = self._loss_totals(packs)
         factor_G = self._loss_factors(totals)
-        lr = learning_rate(step, config.optimizer)
+        lr = self.parts.learning_rates.at(step)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         self.learning_rate = lr
@@ -225,8 +226,8 @@ class Trainer:
             if number == len(packs) - 1:
                 self.watchdog.enter("optimizer")
                 distributed.all_reduce(step_loss)
-                if step == self.parts.plan.schedule.first_dense_step:
-                    # layers that have seen a few tokens now see all of them: the loss jumps, and that is no spike
+                if step in self.parts.phases.first_steps:
+                    # layers that have seen a few tokens now see others: the loss jumps, and that is no spike
                     self.guard.begin_anew()
                 self.guard.expect(step_loss / self.world.size, partial(gradient_norm, engine))
             engine.step()
@@ -341,6 +342,7 @@ class Trainer:
         values |= times | utilisation(values, self.peak_tflops and self.peak_tflops * self.world.size)
         values["optimizer/learning_rate"] = self.learning_rate
         values["optimizer/gradient_norm"] = gradient_norm
+        values["routing/phase"] = 1 + self.parts.phases.number(step)
         values["faults/skipped_steps"] = self.guard.num_skipped
         counts = self.world.sum(np.array([sum(state["counts"][name] for state in self.states.values()) for name in COUNTS]))
         values |= {f"data/{name}": float(count) for name, count in zip(COUNTS, counts)}
@@ -395,5 +397,5 @@ class Trainer:
         return (
             f"{numel / 1e6:.2f}M parameters, ZeRO-3 on {self.world.size} x {self.world.device.type}, "
             f"{self.parts.config.data.num_lanes} packs of up to {self.parts.config.data.pack_tokens} tokens per step, "
-            f"{self.parts.plan.num_stages} stages; run folder {self.parts.config.run_dir}"
+            f"{self.parts.phases.num_stages} stages; run folder {self.parts.config.run_dir}"
         )

@@ -94,8 +94,8 @@ def test_the_suggestion_meets_its_target_at_the_least_rise_and_loads(make_probe,
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         config = load_config(str(tmp_path / "recipe.yaml"))
         assert (config.routing.understanding, config.routing.generation) == (chosen.understanding, chosen.generation)
-        plan = Parts(config).plan
-        assert plan.num_stages >= 1
+        phases = Parts(config).phases
+        assert phases.num_stages >= 1
         if shared:
             assert {chosen.understanding.policy, chosen.generation.policy} == {"shared_bypass"}
     assert rises == sorted(rises), "a tighter target cannot cost less"

@@ -31,7 +31,7 @@ from megavlm.training.trainer import Trainer
 from tests.cuda_without_gpu.device import META, Device, Mistake, OnDevice, on_device, value_of
 from tests.model.test_backbone import EVERY_POLICY, MIXED
 from tests.model.test_decoding import DRAWN
-from tests.routing.layouts import NUM_LAYERS, POLICIES, VOCABULARY, costing, make_pack, make_samples, plan
+from tests.routing.layouts import NUM_LAYERS, POLICIES, VOCABULARY, costing, make_pack, make_samples, phases
 
 FACTORS = (0.3, 1.0, 2.0, 0.5)
 
@@ -46,7 +46,7 @@ def make_backbone(policy="dense", num_kv_heads=2, **options):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": NUM_LAYERS, "head_dim": 8, "initializer_range": 0.2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": num_kv_heads}
     causal_lm = make_causal_lm({"model_type": "qwen3"} | sizes, VOCABULARY)
-    backbone = Backbone(causal_lm, plan(policy), num_sources=1, max_labels=200, chunk_rows=64, **options)
+    backbone = Backbone(causal_lm, phases(policy), num_sources=1, max_labels=200, chunk_rows=64, **options)
     to_bfloat16(backbone)
     return backbone
 
@@ -246,7 +246,7 @@ def test_nothing_waits_in_the_trainers_own_part_of_a_step(make_config, monkeypat
             engine=engine,
             watchdog=SimpleNamespace(enter=lambda stage: None),
             wishes=SimpleNamespace(agree=lambda step_ends: Wish.NOTHING),
-            meters=Meters(world, list(parts.config.data.sources), parts.plan.bounds, backbone.recomputed_shares(parts.plan.bounds)),
+            meters=Meters(world, list(parts.config.data.sources), parts.phases.bounds, backbone.recomputed_shares(parts.phases.bounds)),
             stragglers=Stragglers(world, None),
             loss_weights=torch.ones(4),
             digests=dict.fromkeys(lanes, ""),

@@ -1,12 +1,14 @@
 """P1, P7, P8, P10 with real ZeRO-3 processes."""
 
+import shutil
+
 import pytest
 import torch
 
 from megavlm.data.pack.pack import build_pack
 from tests.conftest import TINY
 from tests.distributed.ranks import run_ranks
-from tests.distributed.work import train, train_on_each, train_with_extra
+from tests.distributed.work import train, train_each, train_on_each, train_with_extra
 from tests.model.test_experts import EXPERTS
 from tests.routing.layouts import POLICIES, costing, make_samples
 
@@ -159,3 +161,48 @@ def test_without_the_remedy_the_stale_gradient_is_applied_again(config):
     history = run_ranks(1, train_with_extra, config("a"), 3, 2, False)[0]
     decayed = config("a").optimizer.betas[0] * history[1]["exp_avg"]
     assert not torch.allclose(history[2]["exp_avg"], decayed, rtol=1e-3, atol=1e-9)
+
+
+PHASES = {
+    "optimizer.num_steps": 6,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep_last": 9,
+    "routing": {
+        "phases": [
+            {"fraction": 0.5, "understanding": {"policy": "late_drop", "after_layer": 2}, "generation": {"policy": "mixture_of_depths"}},
+            {"fraction": 0.5, "generation": {"policy": "tread", "first_layer": 1, "end_layer": 3}, "optimizer": {"schedule": "wsd"}},
+        ]
+    },
+}
+"""A switch after step 3: other layers, other selectors, gates that are no longer called, a learning rate that warms up again."""
+
+
+def test_data_and_weights_over_a_switch(make_config, tmp_path):
+    """P1, P8, P9 and P10: at other world sizes, and resumed just before the switch, at it, and just after."""
+    whole = run_ranks(2, train, make_config(PHASES, tmp_path / "whole"), 6)
+    shares = [losses["routing/flops_share"] for losses in whole[0]["losses"]]
+    assert not {round(share, 2) for share in shares[:3]} & {round(share, 2) for share in shares[3:]}, "the routes differ"
+
+    def resumed_after(step, name):
+        """The folder as it was after a step."""
+        run = tmp_path / name
+        shutil.copytree(tmp_path / "whole", run)
+        for checkpoint in (run / "checkpoints").glob("step-*"):
+            if int(checkpoint.name[5:]) > step:
+                shutil.rmtree(checkpoint)
+        return make_config(PHASES, run), 6
+
+    again = run_ranks(2, train_each, {step: resumed_after(step, f"after-{step}") for step in (2, 3, 4)})
+    for rank, results in enumerate(again):
+        for step, resumed in results.items():
+            assert resumed["first"] == step
+            assert resumed["ids"] == whole[rank]["ids"][step:]
+            assert resumed["norms"] == whole[rank]["norms"][step:]
+            assert resumed["states"] == whole[rank]["states"]
+            assert_equal(resumed["weights"], whole[rank]["weights"])
+
+    (alone,) = run_ranks(1, train_each, {0: (make_config(PHASES, tmp_path / "alone"), 6), 3: resumed_after(3, "after-3-alone")})
+    for step, result in alone.items():
+        assert result["first"] == step
+        assert in_lane_order([result]) == in_lane_order(whole)[step:]
+        assert result["norms"] == pytest.approx(whole[0]["norms"][step:], rel=1e-3)

@@ -44,6 +44,11 @@ def train(world, config, num_steps: int) -> dict:
     return record | ended
 
 
+def train_each(world, jobs: dict) -> dict:
+    """`train` for several (config, number of steps), one after another in the same processes."""
+    return {name: train(world, *job) for name, job in jobs.items()}
+
+
 def _watched(loader, record):
     for packs, states in loader:
         record["ids"].append([(pack.lane, [tuple(c) for c in pack.coordinates]) for pack in packs])

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megavlm.data.pack.pack import Costing, build_pack
 from megavlm.errors import ConfigError
 from megavlm.model.backbone import Backbone, make_causal_lm
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.phases import Phases
 from megavlm.routing.policies import Merge, Pyramid, RandomLTD, SharedBypass, Tread
 from megavlm.routing.route import Route, Stage
 from megavlm.routing.selectors import DEVICE_SELECTORS, HOST_SELECTORS
 from tests.model.reference import Reference, make_exact, recorded_chance
-from tests.routing.layouts import LAYOUTS, NUM_LAYERS, POLICIES, SHAPE, VOCABULARY, costing, make_pack, make_samples, plan
+from tests.routing.layouts import LAYOUTS, NUM_LAYERS, POLICIES, SHAPE, VOCABULARY, costing, make_pack, make_samples, phases
 
 ARCHITECTURES = {
     "qwen3": {"head_dim": 8},
@@ -36,7 +36,7 @@ MIXED = [
 
 @functools.cache
 def make_backbone(policy="dense", model_type="qwen3", chunk_rows=16, **options):
-    return backbone_of(plan(policy), model_type, chunk_rows, **options)
+    return backbone_of(phases(policy), model_type, chunk_rows, **options)
 
 
 def backbone_of(plan, model_type="qwen3", chunk_rows=16, **options):
@@ -192,7 +192,7 @@ def test_a_share_of_one_is_bit_identical_to_dense(kind, selector):
     """P5, whatever the selector looks at."""
     options = {"at_layer": 1} if kind is Merge else {"selector": selector}
     options |= {"first_layer": 1, "end_layer": -1} if kind is Tread else {}
-    everything = RoutingPlan(kind(keep_ratio=1.0, **options), POLICIES["dense"][1], NUM_LAYERS, Schedule(1, 0.0, 0.0))
+    everything = Phases.always(kind(keep_ratio=1.0, **options), POLICIES["dense"][1], NUM_LAYERS)
     kept = build_pack(make_samples(MIXED), Costing(everything, SHAPE), 1, 0, step=0, seed=0)
     backbone = make_backbone()
     first = loss_and_gradients(backbone, lambda: backbone(make_pack(MIXED, "dense")))

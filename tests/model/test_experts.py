@@ -11,7 +11,7 @@ from megavlm.model.experts import balance_loss, balance_losses, expert_blocks
 from megavlm.parts.parts import Parts
 from tests.conftest import TINY
 from tests.model.test_backbone import MIXED
-from tests.routing.layouts import NUM_LAYERS, VOCABULARY, costing, make_pack, make_samples, plan
+from tests.routing.layouts import NUM_LAYERS, VOCABULARY, costing, make_pack, make_samples, phases
 
 EXPERTS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -25,7 +25,7 @@ EVERY_FAMILY = pytest.mark.parametrize("family", EXPERTS)
 def make_backbone(family, policy="dense", **options):
     torch.manual_seed(0)
     causal_lm = make_causal_lm({"model_type": family, "initializer_range": 0.2} | SMALL | EXPERTS[family], VOCABULARY)
-    return Backbone(causal_lm, plan(policy), num_sources=1, max_labels=200, chunk_rows=200, **options).double()
+    return Backbone(causal_lm, phases(policy), num_sources=1, max_labels=200, chunk_rows=200, **options).double()
 
 
 def test_the_loss_is_that_of_transformers_for_one_layer_and_their_mean_for_several():

@@ -20,7 +20,7 @@ from megavlm.model.configuration import ABOUT_THE_FILE, LEFTOVERS, REPLACED, rea
 from megavlm.model.families import EXACT, rotates
 from megavlm.model.proof import active_weights
 from megavlm.model.rotary import without_rotary
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.phases import Phases
 from megavlm.routing.policies import Dense
 from tests.conftest import TINY
 from tests.routing.layouts import VOCABULARY, make_samples
@@ -82,9 +82,9 @@ def make(architecture):
     generator = torch.Generator().manual_seed(1)
     for name, parameter in causal_lm.named_parameters():
         torch.nn.init.normal_(parameter, float("norm" in name), 0.1, generator)
-    plan = RoutingPlan(Dense(), Dense(), causal_lm.config.num_hidden_layers, Schedule(1, 0.0, 0.0))
-    costing = Costing(plan, ModelShape.of(causal_lm.config))
-    backbone = Backbone(causal_lm, plan, num_sources=1, max_labels=99, chunk_rows=99)
+    phases = Phases.always(Dense(), Dense(), causal_lm.config.num_hidden_layers)
+    costing = Costing(phases, ModelShape.of(causal_lm.config))
+    backbone = Backbone(causal_lm, phases, num_sources=1, max_labels=99, chunk_rows=99)
     return backbone, build_pack(make_samples(LAYOUT), costing, 1, 0, step=0, seed=0)
 
 

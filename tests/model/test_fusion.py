@@ -11,7 +11,7 @@ from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.families import EXACT
 from megavlm.model.fusion import PARTS, fuse
 from tests.model.test_families import VARIANTS, architecture_of, make
-from tests.routing.layouts import VOCABULARY, make_pack, plan
+from tests.routing.layouts import VOCABULARY, make_pack, phases
 
 MODULES_OF_TWO_LAYERS = {
     **{family: {"norm": 5, "rotary": 2, "mlp": 2} for family in EXACT},
@@ -93,8 +93,8 @@ def test_traced_functions_change_nothing_but_rounding(model_type, monkeypatch):
 def assert_compiled_is_close(model_type):
     """With packs of several shapes, some layers recomputed, and chunks of the loss that are empty."""
     plain = make(architecture_of(model_type))[0].causal_lm
-    fast = Backbone(deepcopy(plain), plan("dense"), 1, 99, chunk_rows=20, activation_checkpointing=2, compiled=PARTS)
-    slow = Backbone(plain, plan("dense"), 1, 99, chunk_rows=20)
+    fast = Backbone(deepcopy(plain), phases("dense"), 1, 99, chunk_rows=20, activation_checkpointing=2, compiled=PARTS)
+    slow = Backbone(plain, phases("dense"), 1, 99, chunk_rows=20)
     for rows in (11, 4, 30):
         pack = make_pack([[("TEXT", rows, 1)], [("TEXT", 3, 1)]], "dense")
         for found, expected in zip(sums_and_gradients(fast, pack), sums_and_gradients(slow, pack), strict=True):

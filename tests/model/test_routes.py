@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megavlm.data.pack.pack import Costing, build_pack
 from megavlm.errors import MegavlmError
 from megavlm.model.decoding import Decoder
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.phases import Phases
 from megavlm.routing.policies import Merge, MixtureOfDepths, Pyramid, RandomLTD, SharedBypass, Tread
 from tests.model.reference import CONTENT, Reference, recorded_chance
 from tests.model.test_backbone import EXACT, assert_equals_reference, backbone_of
@@ -30,12 +30,7 @@ SHIPPED |= POLICIES
 
 def make_costing(policies, strength=1.0):
     """Strengths other than 0 and 1 are those of a warm-up."""
-    schedule = Schedule(1, 0.0, 0.0 if strength else 1.0)
-    costing = Costing(RoutingPlan(*policies, NUM_LAYERS, schedule), SHAPE)
-    if 0 < strength < 1:
-        costing.moment = lambda step: strength
-        object.__setattr__(schedule, "strength", lambda step: strength)
-    return costing
+    return Costing(Phases.always(*policies, NUM_LAYERS, strength), SHAPE)
 
 
 @pytest.mark.slow
@@ -44,21 +39,21 @@ def make_costing(policies, strength=1.0):
 @given(layout=LAYOUTS, strength=st.sampled_from([0.0, 0.5, 1.0]))
 def test_shipped_policies_with_every_selector(name, layout, strength):
     costing = make_costing(SHIPPED[name], strength)
-    assert_equals_reference(backbone_of(costing.plan), make_samples(layout), costing, SHIPPED[name], strength)
+    assert_equals_reference(backbone_of(costing.phases), make_samples(layout), costing, SHIPPED[name], strength)
 
 
 @settings(deadline=None, max_examples=25)
 @given(policies=odd_routes(), layout=LAYOUTS, strength=st.sampled_from([0.5, 1.0]))
 def test_users_policies(policies, layout, strength):
     costing = make_costing(policies, strength)
-    assert_equals_reference(backbone_of(costing.plan), make_samples(layout), costing, policies, strength)
+    assert_equals_reference(backbone_of(costing.phases), make_samples(layout), costing, policies, strength)
 
 
 @torch.no_grad()
 def assert_decodes(policies, layout, begin_shares) -> int:
     """Decoding from any token on is the packed forward pass, or is refused; says at how many tokens they were compared."""
     samples, costing = make_samples(layout), make_costing(policies)
-    backbone = backbone_of(costing.plan)
+    backbone = backbone_of(costing.phases)
     with recorded_chance() as drawn:
         pack = build_pack(samples, costing, num_sources=1, lane=0, step=0, seed=0)
     reference = Reference(backbone, samples, policies, route=pack.route, drawn=drawn)
@@ -123,7 +118,7 @@ def test_decoding_where_what_is_missing_would_decide_is_refused(selector, num_gi
     samples, costing = make_samples([[("image", 2, 3), ("text", 4, 1), ("TEXT", 2, 1)]]), make_costing((Pyramid(selector=selector), DENSE))
     options = {"samples": samples, "prompt_lengths": [num_given], "costing": costing, "device": torch.device("cpu")}
     if message is None:
-        Decoder(model=backbone_of(costing.plan), **options)
+        Decoder(model=backbone_of(costing.phases), **options)
         return
     with pytest.raises(MegavlmError, match=message):
-        Decoder(model=backbone_of(costing.plan), **options)
+        Decoder(model=backbone_of(costing.phases), **options)

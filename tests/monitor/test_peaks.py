@@ -50,7 +50,7 @@ def utilisation_and_count(world, config) -> dict[str, float]:
         stages = work.route.stages
         masked = sum((s.end_layer - s.first_layer) * sum(length**2 for length in s.sequences.lengths) for s in stages)
         counted[name] = 3 * (counter.get_total_flops() - parts.shape.layer_flops_per_square * masked) / 1e12
-    meters = Meters(world, ["understanding", "generation"], parts.plan.bounds, backbone.recomputed_shares(parts.plan.bounds))
+    meters = Meters(world, ["understanding", "generation"], parts.phases.bounds, backbone.recomputed_shares(parts.phases.bounds))
     meters.add_step(0.0)
     meters.add_pack(pack, torch.zeros(6))
     values = meters.report()

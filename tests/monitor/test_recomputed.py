@@ -5,13 +5,13 @@ import torch
 
 from megavlm.monitor.metrics import Meters
 from megavlm.system.world import World
-from tests.routing.layouts import make_pack, plan
+from tests.routing.layouts import make_pack, phases
 
 PACK = make_pack([[("image", 3, 4), ("TEXT", 2, 1)], [("text", 4, 1), ("IMAGE", 4, 4)]], "random_ltd")
 
 
 def meters(recomputed: float) -> Meters:
-    bounds = plan("random_ltd").bounds
+    bounds = phases("random_ltd").bounds
     return Meters(World(0, 1, 0, torch.device("cpu")), ["only"], bounds, [recomputed] * len(bounds) + [0.0])
 
 

@@ -14,6 +14,7 @@ from tests.observers.failing import run_with
 SETTINGS = {
     "optimizer.num_steps": 2,
     "optimizer.warmup_steps": 1,
+    "routing.dense_finish_fraction": 0.5,
     "monitor.sample_every_steps": 1,
     "monitor.sample_prompts": ["a handwritten two"],
     "monitor.attention_every_steps": 1,
@@ -58,6 +59,13 @@ def test_pictures_and_answers_come_with_their_steps(shown):
     for row in rows[2:]:
         _, question, right, _answer, _ = (cell.strip(" `") for cell in row.split("|"))
         assert question in QUESTIONS and right in WORDS
+
+
+def test_it_is_said_where_a_phase_begins(shown):
+    _config, events, _ = shown
+    said = texts(events, "phases")
+    assert sorted(said) == [1, 2] and said[2] == "phase 2 of 2, steps 2 to 2: everything is kept"
+    assert [event.value for event in events.Scalars("routing/phase")] == [1, 2]
 
 
 def test_errors_are_there_at_their_step(shown):

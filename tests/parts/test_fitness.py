@@ -8,7 +8,7 @@ from megavlm.errors import ConfigError
 from megavlm.parts import fitness
 from megavlm.parts.fitness import check_heads, check_lanes, check_look_ahead, check_model
 from megavlm.parts.parts import Parts
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.plan import RoutingPlan
 from megavlm.routing.policies import Dense, Merge
 from megavlm.system import memory
 
@@ -62,7 +62,7 @@ def test_heads_that_the_fused_attention_does_not_take_are_refused_where_it_is_us
 
 @pytest.mark.parametrize(("width", "is_taken"), [(248, True), (249, False), (256, False)])
 def test_a_merge_is_refused_where_its_bias_makes_heads_too_wide(width, is_taken):
-    plan = RoutingPlan(Merge(at_layer=1), Dense(), 4, Schedule(1, 0.0, 0.0))
+    plan = RoutingPlan(Merge(at_layer=1), Dense(), 4)
     if is_taken:
         plan.check_head_width(width)
     else:

@@ -7,7 +7,7 @@ from megavlm.costs import ModelShape
 from megavlm.data.pack.encode import EncodedSample, Span
 from megavlm.data.pack.pack import Costing, build_pack
 from megavlm.data.read.sample import Coordinates
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.phases import Phases
 from megavlm.routing.policies import (
     Dense,
     KVInjection,
@@ -49,14 +49,13 @@ POLICIES = {
 }
 
 
-def plan(policy: str, strength: float = 1.0) -> RoutingPlan:
-    """A policy in full, or not at all: ``strength`` is 1 or 0."""
-    schedule = Schedule(10, 0.0, 0.0 if strength else 1.0)
-    return RoutingPlan(*POLICIES[policy], NUM_LAYERS, schedule)
+def phases(policy: str, strength: float = 1.0) -> Phases:
+    """A policy in full, or in part, in every step."""
+    return Phases.always(*POLICIES[policy], NUM_LAYERS, strength)
 
 
 def costing(policy: str, strength: float = 1.0) -> Costing:
-    return Costing(plan(policy, strength), SHAPE)
+    return Costing(phases(policy, strength), SHAPE)
 
 
 def make_sample(rng: np.random.Generator, parts: list[tuple[str, int, int]], index: int) -> EncodedSample:

@@ -7,7 +7,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from megavlm.errors import ConfigError
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.plan import RoutingPlan
 from megavlm.routing.policies import LayerPlan, Policy, Selector
 from megavlm.routing.selectors import register_selector
 from tests.model.reference import CONTENT, Seen
@@ -68,7 +68,7 @@ def odd_routes(draw) -> tuple[Odd, Odd]:
     """Policies for both tasks that are not refused together."""
     policies = draw(odd_policies(False)), draw(odd_policies(True))
     try:
-        RoutingPlan(*policies, NUM_LAYERS, Schedule(1, 0.0, 0.0))
+        RoutingPlan(*policies, NUM_LAYERS)
     except ConfigError:
         assume(False)
     return policies

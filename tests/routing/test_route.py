@@ -9,7 +9,8 @@ from megavlm.data.pack.pack import Costing
 from megavlm.errors import ConfigError
 from megavlm.parts.parts import Parts
 from megavlm.routing.builder import build_route
-from megavlm.routing.plan import RoutingPlan, Schedule, num_kept
+from megavlm.routing.phases import Phases
+from megavlm.routing.plan import RoutingPlan, num_kept
 from megavlm.routing.policies import Dense, LateDrop, Merge, Pyramid, RandomLTD, SharedBypass, Tread
 from megavlm.routing.route import PackLayout
 from megavlm.routing.tasks import Task
@@ -68,11 +69,6 @@ def test_only_image_tokens_and_prompts_leave_and_tokens_with_a_loss_come_back(po
             assert not ((is_absent | is_open) & is_drawn).any()
 
 
-def test_schedule_warms_up_and_finishes_dense():
-    schedule = Schedule(num_steps=100, warmup_fraction=0.1, dense_finish_fraction=0.2)
-    assert [schedule.strength(step) for step in (0, 5, 10, 79, 80, 99)] == [0, 0.5, 1, 1, 0, 0]
-
-
 def test_a_share_keeps_at_least_one_token():
     assert num_kept(np.array([1, 3, 64]), np.array([0.01, 1 / 3, 0.25])).tolist() == [1, 1, 16]
 
@@ -87,7 +83,7 @@ def test_random_ltd_draws_anew_in_every_middle_layer_and_late_drop_draws_nothing
 
 def test_stride_keeps_every_second_token_of_every_second_row():
     policy = RandomLTD(keep_ratio=0.25, selector="stride")
-    plan = RoutingPlan(policy, Dense(), NUM_LAYERS, Schedule(1, 0, 0))
+    plan = RoutingPlan(policy, Dense(), NUM_LAYERS)
     layout = PackLayout(np.array([64]), [Span(0, 8, 8, False)], np.array([0]), np.array([64]), np.zeros(0, np.int64))
     route = build_route(plan, layout, 1.0, None)
     rows, columns = np.divmod(route.stages[1].active_K.numpy(), 8)
@@ -96,14 +92,14 @@ def test_stride_keeps_every_second_token_of_every_second_row():
 
 def test_tokens_with_a_loss_may_not_be_dropped_for_good():
     with pytest.raises(ConfigError, match="routing.generation: late_drop drops tokens before their loss"):
-        RoutingPlan(Dense(), LateDrop(after_layer=2), 4, Schedule(1, 0, 0))
+        RoutingPlan(Dense(), LateDrop(after_layer=2), 4)
 
 
 def test_a_policy_that_does_not_fit_the_model():
     with pytest.raises(ConfigError, match="late_drop.after_layer is 4"):
-        RoutingPlan(LateDrop(after_layer=4), Dense(), 4, Schedule(1, 0, 0))
+        RoutingPlan(LateDrop(after_layer=4), Dense(), 4)
     with pytest.raises(ConfigError, match="at least 3 layers"):
-        RoutingPlan(RandomLTD(keep_ratio=0.5), Dense(), 2, Schedule(1, 0, 0))
+        RoutingPlan(RandomLTD(keep_ratio=0.5), Dense(), 2)
 
 
 def test_at_strength_zero_the_cost_is_the_dense_one():
@@ -125,7 +121,7 @@ def test_at_strength_zero_the_cost_is_the_dense_one():
 )
 def test_policies_that_do_not_fit_their_task(understanding, generation, message):
     with pytest.raises(ConfigError, match=message):
-        RoutingPlan(understanding, generation, 4, Schedule(1, 0, 0))
+        RoutingPlan(understanding, generation, 4)
 
 
 def test_a_pyramid_only_ever_loses_tokens():
@@ -157,7 +153,7 @@ ALL, FEW = (1.0, 0, False, "select"), (0.4, 1, False, "select")
 )
 def test_users_policies_that_nothing_can_compute_are_refused_by_name(plans, selector, message):
     with pytest.raises(ConfigError, match=message):
-        RoutingPlan(Odd(plans=plans, selector=selector), Dense(), 4, Schedule(1, 0, 0))
+        RoutingPlan(Odd(plans=plans, selector=selector), Dense(), 4)
 
 
 @pytest.mark.parametrize("policy", ["pyramid_question", "pyramid_redundancy", "ltd_key_norm", "merge"])
@@ -178,13 +174,13 @@ def test_a_merge_is_paid_for_where_tokens_merge_only():
     assert make_pack([other], "merge").flops.sum() == make_pack([other], "dense").flops.sum()
     assert make_pack([merging], "merge").route.stages[1].split is None
     layout = make_samples([merging])[0].layout
-    everything = Costing(RoutingPlan(Merge(at_layer=1, keep_ratio=1.0), Dense(), NUM_LAYERS, Schedule(1, 0, 0)), SHAPE)
+    everything = Costing(Phases.always(Merge(at_layer=1, keep_ratio=1.0), Dense(), NUM_LAYERS), SHAPE)
     assert everything.flops(layout, 0).sum() == everything.dense_flops(layout)
 
 
 def test_a_merge_that_no_kernel_takes_is_refused():
     def merging(keep_ratio):
-        return RoutingPlan(Merge(at_layer=1, keep_ratio=keep_ratio), Dense(), 4, Schedule(1, 0, 0))
+        return RoutingPlan(Merge(at_layer=1, keep_ratio=keep_ratio), Dense(), 4)
 
     merging(0.5).check_head_width(248)
     merging(1.0).check_head_width(256)
@@ -195,7 +191,7 @@ def test_a_merge_that_no_kernel_takes_is_refused():
 def test_a_merge_that_no_kernel_takes_is_refused_when_the_recipe_is_read(make_config):
     config = make_config({"routing.understanding": {"policy": "merge", "at_layer": 1}, "model.architecture.head_dim": 256})
     with pytest.raises(ConfigError, match="256 wide"):
-        _ = Parts(config).plan
+        _ = Parts(config).phases
 
 
 def test_two_images_before_one_question():
@@ -211,5 +207,5 @@ def test_every_gated_layer_decides_for_itself():
     """Whatever the other task does in these layers."""
     gates = Odd(plans=[ALL, (0.5, 1, False, "gate"), (0.5, 1, False, "gate"), ALL])
     for other in (Dense(), Tread(first_layer=2, end_layer=3)):
-        plan = RoutingPlan(gates, other, 4, Schedule(1, 0, 0))
+        plan = RoutingPlan(gates, other, 4)
         assert plan.bounds == [(0, 1), (1, 2), (2, 3), (3, 4)]

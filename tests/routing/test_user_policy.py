@@ -37,6 +37,12 @@ def test_the_example_routes(module, make_packs):
     assert backbone(pack).sum().isfinite()
 
 
+def test_the_example_routes_in_a_phase(module, make_config):
+    phases = [{"fraction": 0.5, "understanding": {"policy": "barrel"}}, {"fraction": 0.5}]
+    config = make_config({"routing": {"modules": [module], "phases": phases}})
+    assert [plan.selectors[0] for plan in Parts(config).phases.plans] == ["centre", "random"]
+
+
 def test_its_mistakes_are_reported_like_any_other(module, make_config):
     wrong = {"routing.modules": [module], "routing.understanding": {"policy": "barrel", "keep_ratoi": 0.3}}
     with pytest.raises(ConfigError, match="Did you mean routing.understanding.keep_ratio"):
@@ -46,7 +52,7 @@ def test_its_mistakes_are_reported_like_any_other(module, make_config):
 def test_it_may_not_drop_what_the_model_draws(module, make_config):
     config = make_config({"routing.modules": [module], "routing.generation": {"policy": "barrel"}})
     with pytest.raises(ConfigError, match="barrel drops tokens before their loss"):
-        _ = Parts(config).plan
+        _ = Parts(config).phases
 
 
 def test_a_module_that_cannot_be_imported(make_config):

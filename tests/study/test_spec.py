@@ -68,4 +68,4 @@ def test_the_policies_of_a_study_that_ships_fit_its_model(name):
     study = load_study(name)
     for policy in study.policies.values():
         config = load_config(study.recipe, study.overrides | policy)
-        _ = Parts(config).plan
+        _ = Parts(config).phases

@@ -12,7 +12,7 @@ from megavlm.data.pack.pack import Costing, Pack, build_pack
 from megavlm.data.read.sample import Coordinates
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.routing import policies as p
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.phases import Phases
 from megavlm.routing.tasks import Task
 
 DENSE = p.Dense()
@@ -45,16 +45,16 @@ ROUTES: dict[str, tuple[p.Policy, p.Policy]] = {
 """What is timed; none has modules of its own, so that one model serves all."""
 
 
-def plan_of(policies: tuple[p.Policy, p.Policy], num_layers: int) -> RoutingPlan:
+def phases_of(policies: tuple[p.Policy, p.Policy], num_layers: int) -> Phases:
     """The policies in full from the first step on."""
-    return RoutingPlan(*policies, num_layers, Schedule(1, 0.0, 0.0))
+    return Phases.always(*policies, num_layers)
 
 
-def make_backbone(architecture: dict, vocabulary: int, plan: RoutingPlan, device: torch.device, **options) -> Backbone:
+def make_backbone(architecture: dict, vocabulary: int, phases: Phases, device: torch.device, **options) -> Backbone:
     """A backbone with random float32 weights that were never anywhere else than on the device."""
     torch.manual_seed(0)
     with device:
-        return Backbone(make_causal_lm(architecture, vocabulary), plan, num_sources=1, **options)
+        return Backbone(make_causal_lm(architecture, vocabulary), phases, num_sources=1, **options)
 
 
 def make_samples(lengths: list[int], image_side: int, vocabulary: int) -> list[EncodedSample]:
@@ -73,9 +73,9 @@ def make_samples(lengths: list[int], image_side: int, vocabulary: int) -> list[E
     return samples
 
 
-def make_pack(samples: list[EncodedSample], plan: RoutingPlan, backbone: Backbone) -> Pack:
+def make_pack(samples: list[EncodedSample], phases: Phases, backbone: Backbone) -> Pack:
     """A pack of these samples, on the host."""
-    costing = Costing(plan, ModelShape.of(backbone.causal_lm.config))
+    costing = Costing(phases, ModelShape.of(backbone.causal_lm.config))
     return build_pack(samples, costing, num_sources=1, lane=0, step=0, seed=0)
 
 

@@ -17,7 +17,7 @@ from megavlm.data.pack.pack import Pack
 from megavlm.model.backbone import Backbone
 from megavlm.routing import router
 from tools.gpu.context import Context, Item, ModelSizes, Outcome
-from tools.gpu.models import EVERY_POLICY, loss_of, make_backbone, make_pack, make_samples, plan_of
+from tools.gpu.models import EVERY_POLICY, loss_of, make_backbone, make_pack, make_samples, phases_of
 
 NUM_LAYERS, VOCABULARY = 4, 500
 FLOAT32_ERROR, BFLOAT16_LOSS_ERROR, LEAST_COSINE = 1e-4, 1e-2, 0.999
@@ -72,18 +72,18 @@ def complaints(dtype: torch.dtype, found: dict[str, Any]) -> list[str]:
 
 def make_case(context: Context, policy: str, head_width: int, grouped: bool) -> tuple[Backbone, Pack]:
     """A small backbone on the CPU, as if trained a little, and a pack of uneven samples."""
-    heads, plan = context.sizes.parity_heads, plan_of(EVERY_POLICY[policy], NUM_LAYERS)
+    heads, phases = context.sizes.parity_heads, phases_of(EVERY_POLICY[policy], NUM_LAYERS)
     width = heads * head_width
     sizes = ModelSizes(width, NUM_LAYERS, heads, heads // 2 if grouped else heads, head_width, 2 * width)
     side = context.sizes.parity_image_side
     samples = make_samples([side**2 + 4 + text for text in TEXTS], side, VOCABULARY)
     num_tokens = sum(sample.num_tokens for sample in samples)
     cpu = torch.device("cpu")
-    backbone = make_backbone(sizes.architecture(), VOCABULARY, plan, cpu, max_labels=num_tokens, chunk_rows=num_tokens // 2)
+    backbone = make_backbone(sizes.architecture(), VOCABULARY, phases, cpu, max_labels=num_tokens, chunk_rows=num_tokens // 2)
     for name, parameter in backbone.named_parameters():
         if "gates" in name or "norm" in name:  # untrained, they would not tell tokens apart
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
-    return backbone, make_pack(samples, plan, backbone)
+    return backbone, make_pack(samples, phases, backbone)
 
 
 def in_precision(backbone: Backbone, dtype: torch.dtype) -> Backbone:

@@ -23,7 +23,7 @@ from megavlm.model.fusion import PARTS
 from megavlm.system import world as distributed
 from megavlm.system.world import World
 from tools.gpu.context import Context
-from tools.gpu.models import DENSE, ROUTES, make_backbone, make_pack, make_samples, plan_of, uniform_lengths
+from tools.gpu.models import DENSE, ROUTES, make_backbone, make_pack, make_samples, phases_of, uniform_lengths
 from tools.gpu.timing import synchronize
 
 
@@ -62,7 +62,7 @@ class Steps:
         sizes = context.sizes
         self.context = context
         self.world = world()
-        vocabulary, dense = sizes.vocabularies[ids], plan_of((DENSE, DENSE), sizes.models[model].num_layers)
+        vocabulary, dense = sizes.vocabularies[ids], phases_of((DENSE, DENSE), sizes.models[model].num_layers)
         compiled = PARTS if context.is_cuda else ()
         options = {"max_labels": sizes.pack_tokens, "chunk_rows": sizes.chunk_rows, "compiled": compiled} | variant.backbone
         backbone = make_backbone(sizes.models[model].architecture(), vocabulary, dense, context.device, **options)
@@ -76,7 +76,7 @@ class Steps:
         samples = make_samples(uniform_lengths(sizes.pack_tokens, sizes.image_side), sizes.image_side, vocabulary)
         self.packs: dict[str, Pack] = {}
         for route, policies in ROUTES.items():
-            pack = make_pack(samples, plan_of(policies, sizes.models[model].num_layers), backbone)
+            pack = make_pack(samples, phases_of(policies, sizes.models[model].num_layers), backbone)
             self.packs[route] = pack.pin_memory() if context.is_cuda else pack
         self.number = 0
 

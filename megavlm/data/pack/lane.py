@@ -38,6 +38,7 @@ from megavlm.data.read.shards import Members, read_shard
 from megavlm.data.read.urls import Opener
 from megavlm.errors import DataError
 from megavlm.randomness import Purpose, stream
+from megavlm.routing.phases import Moment
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,8 @@ class Lane:
         self._bounds = pack_bounds(config, costing)
         # of the waiting samples, as far as they are known: sizes and costs at a moment
         self._sizes = np.zeros((0, len(self._bounds)), np.int64)
-        self._costs = np.zeros((0, costing.plan.num_stages + 1))
-        self._moment: float | None = None
+        self._costs = np.zeros((0, costing.phases.num_stages + 1))
+        self._moment: Moment | None = None
         self._target: tuple = (None, None)
         if state["pack"]:
             log.info(
@@ -181,14 +182,14 @@ class Lane:
 
     def _price(self, step: int) -> None:
         """Add sizes and costs of the samples that are new, or of all where the route has moved on."""
-        if self._moment != (moment := self.costing.moment(step)):
+        if self._moment != (moment := self.costing.phases.moment(step)):
             self._moment, self._sizes, self._costs = moment, self._sizes[:0], self._costs[:0]
         if new := [sample.layout for sample in self.waiting[len(self._sizes) :]]:
             self._sizes = np.concatenate([self._sizes, pack_sizes(new, self.config, self.costing, step)])
             self._costs = np.concatenate([self._costs, [self.costing.flops(layout, step) for layout in new]])
 
     def _target_at(self, step: int) -> np.ndarray:
-        when = (self.costing.moment(step), frozenset(self._finished))
+        when = (self.costing.phases.moment(step), frozenset(self._finished))
         if self._target[0] != when:
             active = np.array([number not in self._finished for number in range(len(self.sources))])
             shares = self.shares * (active if active.any() else True)

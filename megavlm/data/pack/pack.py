@@ -14,7 +14,7 @@ from megavlm.data.pack.encode import EncodedSample, Layout, Span
 from megavlm.data.read.sample import Coordinates
 from megavlm.randomness import Purpose, stream
 from megavlm.routing.builder import build_route
-from megavlm.routing.plan import RoutingPlan
+from megavlm.routing.phases import Moment, Phases
 from megavlm.routing.route import BIAS_WIDTH, PackLayout, Route, Sequences, Stage
 from megavlm.routing.tasks import TASKS, Task
 
@@ -92,15 +92,15 @@ class Pack:
 
 
 class Costing:
-    """What samples cost under a routing plan: the vector that the packer equalises.
+    """What samples cost under the routes of a run: the vector that the packer equalises.
 
     Args:
-        plan: The run's routing plan.
+        phases: The run's routing plans.
         shape: Sizes of the model.
     """
 
-    def __init__(self, plan: RoutingPlan, shape: ModelShape):
-        self.plan = plan
+    def __init__(self, phases: Phases, shape: ModelShape):
+        self.phases = phases
         self.shape = shape
         # layouts recur, and so do steps at which the shares are the same
         self._cached = lru_cache(maxsize=65536)(self._flops)
@@ -108,34 +108,30 @@ class Costing:
         self.dense_flops = lru_cache(maxsize=65536)(self._dense_flops)
 
     def __reduce__(self):
-        return Costing, (self.plan, self.shape)  # the cache does not travel
-
-    def moment(self, step: int) -> float:
-        """What the costs of a step depend on: they are the same at two steps with equal moments."""
-        return self.plan.schedule.strength(step)
+        return Costing, (self.phases, self.shape)  # the cache does not travel
 
     def flops(self, layout: Layout, step: int) -> np.ndarray:
         """Forward FLOPs per stage, after routing, and of the output head ``[num_stages + 1]`` of one sample."""
-        return self._cached(layout, self.plan.schedule.strength(step))
+        return self._cached(layout, self.phases.moment(step))
 
     def rows(self, layout: Layout, step: int) -> int:
         """Rows of one sample, summed over the layers: what is held of it for the backward pass grows with them."""
-        return self._cached_rows(layout, self.plan.schedule.strength(step))
+        return self._cached_rows(layout, self.phases.moment(step))
 
-    def _rows(self, layout: Layout, strength: float) -> int:
-        return int((self.plan.layers_per_stage * sum(self._active_and_guests(layout, strength))).sum())
+    def _rows(self, layout: Layout, moment: Moment) -> int:
+        return int((self.phases.layers_per_stage * sum(self._active_and_guests(layout, moment))).sum())
 
-    def _flops(self, layout: Layout, strength: float) -> np.ndarray:
-        active_s, guests_s = self._active_and_guests(layout, strength)
-        bias_s = BIAS_WIDTH * self.plan.merged_spans(*_spans(layout), strength).any(1)
-        stages = self.plan.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)
+    def _flops(self, layout: Layout, moment: Moment) -> np.ndarray:
+        active_s, guests_s = self._active_and_guests(layout, moment)
+        bias_s = BIAS_WIDTH * self.phases.plans[moment.phase].merged_spans(*_spans(layout), moment.strength).any(1)
+        stages = self.phases.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)
         return np.append(stages, layout.num_labels * self.shape.head_flops_per_row)
 
-    def _active_and_guests(self, layout: Layout, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    def _active_and_guests(self, layout: Layout, moment: Moment) -> tuple[np.ndarray, np.ndarray]:
         """Rows of one sample in each stage: those that travel, and those that only give keys and values."""
-        plan = self.plan
+        plan = self.phases.plans[moment.phase]
         lengths, tasks = _spans(layout)
-        dropped_s = lengths.sum() - plan.kept_tokens(lengths, tasks, strength).sum(1)
+        dropped_s = lengths.sum() - plan.kept_tokens(lengths, tasks, moment.strength).sum(1)
         prompt_s = layout.num_prompt * plan.injects(Task.GENERATION)
         guests_s = prompt_s + lengths[tasks == Task.UNDERSTANDING].sum() * plan.injects(Task.UNDERSTANDING)
         return layout.num_tokens - dropped_s - prompt_s, guests_s
@@ -154,7 +150,8 @@ def _spans(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
 
 def build_pack(samples: list[EncodedSample], costing: Costing, num_sources: int, lane: int, *, step: int, seed: int) -> Pack:
     """Lay samples end to end and route them. A pure function of its arguments."""
-    plan, strength = costing.plan, costing.plan.schedule.strength(step)
+    moment = costing.phases.moment(step)
+    plan = costing.phases.plans[moment.phase]
     lengths = np.array([sample.num_tokens for sample in samples])
     offsets = np.cumsum(lengths) - lengths
     spans = [span for sample in samples for span in sample.spans]
@@ -175,7 +172,7 @@ def build_pack(samples: list[EncodedSample], costing: Costing, num_sources: int,
     )
     costs = np.array([costing.flops(layout, step) for layout in layouts])
     of_task = np.eye(len(TASKS))[[sample.task for sample in samples]]
-    kept_sN = plan.kept_tokens([s.length for s in spans], [s.task for s in spans], strength)
+    kept_sN = plan.kept_tokens([s.length for s in spans], [s.task for s in spans], moment.strength)
     span_tasks = np.array([span.task for span in spans], np.int64)
     return Pack(
         lane=lane,
@@ -184,7 +181,7 @@ def build_pack(samples: list[EncodedSample], costing: Costing, num_sources: int,
         coordinates=[sample.coordinates for sample in samples],
         tasks=[sample.task for sample in samples],
         sequences=Sequences.of(lengths),
-        route=build_route(plan, layout, strength, rng),
+        route=build_route(plan, layout, moment.strength, rng),
         tokens_T=torch.from_numpy(tokens),
         positions_T=torch.from_numpy(np.arange(len(tokens)) - np.repeat(offsets, lengths)),
         rows_M=torch.from_numpy(labelled - 1),

@@ -27,7 +27,7 @@ from megavlm.data.pack.packer import choose
 from megavlm.data.read.source import SourceConfig
 from megavlm.errors import ConfigError
 from megavlm.randomness import Purpose, stream
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.phases import Phases
 from megavlm.routing.policies import Dense, LayerPlan, Policy
 from megavlm.routing.tasks import Task
 from megavlm.system.files import write_atomically
@@ -93,8 +93,8 @@ class Situation:
 def standard(seed: int = 0) -> Situation:
     """The default: `standard_mixture`, a quarter of understanding's image tokens after layer 8 of 28, packs of 8,192 tokens."""
     sources = {name: SourceConfig(shards="none") for name in ("understanding", "generation")}
-    plan = RoutingPlan(KeepAfter(after_layer=8, keep_ratio=0.25), Dense(), SHAPE_7B.num_layers, Schedule(1, 0.0, 0.0))
-    return Situation(standard_mixture(), Costing(plan, SHAPE_7B), DataConfig(sources=sources), seed)
+    phases = Phases.always(KeepAfter(after_layer=8, keep_ratio=0.25), Dense(), SHAPE_7B.num_layers)
+    return Situation(standard_mixture(), Costing(phases, SHAPE_7B), DataConfig(sources=sources), seed)
 
 
 class LaneRecord(NamedTuple):
@@ -190,7 +190,7 @@ def _summary(records: list[LaneRecord], first_step: int, situation: Situation) -
     costs_lsc = np.stack([record.costs_sc for record in records])[:, first_step:]
     tokens_ls = np.stack([record.tokens_s for record in records])[:, first_step:]
     totals_ls = costs_lsc.sum(2)
-    bounds = situation.costing.plan.bounds
+    bounds = situation.costing.phases.bounds
     names = [*(f"layers {first}-{end - 1}" for first, end in bounds), "output head"]
     used = costs_lsc.sum((0, 1)) > 0
     with np.errstate(invalid="ignore"):

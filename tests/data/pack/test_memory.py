@@ -12,7 +12,8 @@ from megavlm.data.read.source import SourceConfig
 from megavlm.data.tools.simulate import SHAPE_7B, standard_mixture
 from megavlm.errors import DataError
 from megavlm.parts.parts import Parts
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.config import RoutingConfig
+from megavlm.routing.phases import Phases
 from megavlm.routing.policies import (
     Dense,
     KVInjection,
@@ -28,7 +29,7 @@ from megavlm.routing.policies import (
 from tests.conftest import TINY
 from tests.data.conftest import pair, write_shard
 
-NUM_STEPS, SCHEDULE = 40, Schedule(40, 0.25, 0.25)
+NUM_STEPS = 40
 BYPASS = SharedBypass(keep_ratio=0.25, first_layer=2, end_layer=-2)
 POLICIES = {
     "dense": (Dense(), Dense()),
@@ -46,7 +47,8 @@ SOURCES = {name: SourceConfig(shards="none") for name in ("understanding", "gene
 
 def sizes_over_the_schedule(policies, **settings) -> np.ndarray:
     """Tokens, and rows per layer, of packs from the first step of a run to its last ``[steps, 2]``."""
-    costing = Costing(RoutingPlan(*policies, SHAPE_7B.num_layers, SCHEDULE), SHAPE_7B)
+    routing = RoutingConfig(understanding=policies[0], generation=policies[1], warmup_fraction=0.25, dense_finish_fraction=0.25)
+    costing = Costing(Phases(routing.phases_in(NUM_STEPS), SHAPE_7B.num_layers), SHAPE_7B)
     config, mixture = DataConfig(sources=SOURCES, look_ahead_samples=64, **settings), standard_mixture(256)
     rng, found = np.random.default_rng(0), []
     layouts = [layout for source in mixture.values() for _, layout in source.layouts if layout.num_tokens <= config.sample_tokens]
