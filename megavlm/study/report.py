@@ -6,14 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from megavlm.errors import MegavlmError
+from megavlm.study.figures import plot, signed_back
 from megavlm.study.hparams import write_hparams
 from megavlm.study.results import Results
 from megavlm.study.spec import DENSE, JOINT, Metric
-from megavlm.study.statistics import ENOUGH_SEEDS, Interval, bootstrap, chance_of_agreement, gain, retained
+from megavlm.study.statistics import ENOUGH_SEEDS, bootstrap, chance_of_agreement, gain, retained
+from megavlm.study.worth import Worth, worth
 from megavlm.system.files import write_atomically
 
-TIME = "cpu_seconds"
+FLOPS, TIME = "executed_flops", "cpu_seconds"
 """CPU time, because on a shared machine the clock also counts what else runs. On GPUs use `seconds`."""
+
+ENOUGH_TO_CLAIM = 3
+"""Seeds."""
 
 
 def write_report(results: Results, command: str) -> Path:
@@ -21,24 +27,38 @@ def write_report(results: Results, command: str) -> Path:
 
     Returns:
         The Markdown file.
+
+    Raises:
+        MegavlmError: If dense training is complete for no seed.
     """
     study, folder = results.study, Path(results.study.study_dir)
-    summary = summarize(results) | {"command": command, "seeds": results.seeds}
+    seeds = {policy: own for policy in study.policies if (own := results.seeds(policy))}
+    if DENSE not in seeds:
+        raise MegavlmError(
+            f"{folder}: dense training is complete for no seed, so there is nothing to compare\n  do:    let the study go on"
+        )
+    summary: dict[str, Any] = summarize(results) | {"command": command}
     write_atomically(folder / "report.json", json.dumps(summary, indent=1, default=vars))
-    _plot(summary, folder / "report.png")
+    plot(summary, folder / "report.png")
+    lengths = [f"{share:.0%}" for share in study.lengths.values()]
     text = "\n\n".join([
         f"# {folder.name}",
         f"`{command}`",
-        f"Arms: {', '.join(study.tasks)} alone and both together, under {', '.join(study.policies)};"
-        f" seeds {', '.join(map(str, results.seeds))};"
+        f"Arms: {', '.join(study.tasks)} alone and both together, under {', '.join(seeds)};"
+        + (f" dense joint training also at {', '.join(lengths)} of the steps;" if lengths else "")
+        + f" seeds {'; '.join(_about_seeds(seeds))};"
         " equal tokens per task and step in every arm, and equal steps unless a policy sets its own."
-        f" {_about_intervals(summary['num_seeds'])}",
+        f" {_about_intervals({len(own) for own in seeds.values()})}",
         "## What it says",
         "\n".join(f"- {line}" for line in statements(summary)),
         "![quality against FLOPs and time; synergy](report.png)",
         "## Quality, joint training",
-        _table(["policy", *_metric_names(summary), "FLOPs", "time"], [_joint_row(summary, policy) for policy in summary["policies"]]),
+        _table(
+            ["policy", *_metric_names(summary), "FLOPs", "time", "seeds"],
+            [_row_of(policy, entry) for policy, entry in summary["policies"].items()],
+        ),
         "FLOPs and CPU time of training relative to dense joint training.",
+        *_worth_section(summary),
         "## Synergy: joint minus alone",
         _table(
             ["policy", "task", "metric", "alone", "joint", "synergy", "retained of dense"],
@@ -55,48 +75,95 @@ def write_report(results: Results, command: str) -> Path:
     return path
 
 
-def _about_intervals(num_seeds: int) -> str:
-    if num_seeds >= ENOUGH_SEEDS:
-        return "Intervals are 95% percentiles of the bootstrap over seeds."
+def _about_seeds(seeds: dict[str, list[int]]) -> list[str]:
+    """Which seeds are complete, for policies that have the same ones together."""
+    sets = dict.fromkeys(tuple(own) for own in seeds.values())
+    if len(sets) == 1:
+        return [", ".join(map(str, own)) for own in sets]
+    return [f"{', '.join(map(str, own))} of {', '.join(p for p in seeds if tuple(seeds[p]) == own)}" for own in sets]
+
+
+def _about_intervals(counts: set[int]) -> str:
+    few = sorted(count for count in counts if count < ENOUGH_SEEDS)
+    enough = "Intervals are 95% percentiles of the bootstrap over seeds."
+    if not few:
+        return enough
+    numbers, chances = " or ".join(map(str, few)), ", ".join(f"{chance_of_agreement(count):.0%}" for count in few)
     return (
-        f"Intervals are the whole range of the bootstrap over {num_seeds} seeds, which are too few for its percentiles. A difference is"
-        f" claimed where all seeds agree on its sign. By chance alone they agree in {chance_of_agreement(num_seeds):.0%} of cases, so a"
-        " single claim is weak."
+        f"{enough + ' Those' if len(few) < len(counts) else 'Intervals'} over {numbers} seeds, which are too few for percentiles, are the"
+        " bootstrap's whole range. A difference is claimed where all seeds agree on its sign. By chance alone they agree in"
+        f" {chances} of cases, so a single claim is weak."
     )
 
 
 def summarize(results: Results) -> dict[str, Any]:
     """Every number of the report."""
     study = results.study
-    dense_flops, dense_time = (results.total(DENSE, JOINT, name) for name in ("executed_flops", TIME))
-    policies = {}
-    for policy in study.policies:
-        share = lambda a, b: a.mean() / b.mean()  # noqa: E731
-        tasks = {}
-        for task, settings in study.tasks.items():
-            tasks[task] = {}
-            for metric in settings.metrics:
-                joint, alone = results.metric(policy, JOINT, metric), results.metric(policy, task, metric)
-                dense = results.metric(DENSE, JOINT, metric), results.metric(DENSE, task, metric)
-                dense_gain = gain(*dense)
-                tasks[task][metric.name] = {
-                    "alone": bootstrap(np.mean, alone), "joint": bootstrap(np.mean, joint), "synergy": gain(joint, alone),
-                    "joint_minus_dense_joint": gain(joint, dense[0]),
-                    "retained": retained(joint, alone, *dense) if dense_gain.low > 0 else None,
-                    "better": metric.better,
-                }  # fmt: skip
-        policies[policy] = {
-            "flops_share": bootstrap(share, results.total(policy, JOINT, "executed_flops"), dense_flops),
-            "time_share": bootstrap(share, results.total(policy, JOINT, TIME), dense_time),
-            "tasks": tasks,
+    return {
+        "policies": {policy: _summary_of_policy(results, policy) for policy in study.policies if results.seeds(policy)},
+        "lengths": {name: _summary_of_length(results, name) for name in [*study.lengths, DENSE] if results.seeds_of_curve(DENSE)},
+    }
+
+
+def _summary_of_policy(results: Results, policy: str) -> dict[str, Any]:
+    seeds, tasks = results.seeds(policy), {}
+    for task, settings in results.study.tasks.items():
+        tasks[task] = {}
+        for metric in settings.metrics:
+            joint, alone = results.metric(policy, JOINT, metric, seeds), results.metric(policy, task, metric, seeds)
+            dense = results.metric(DENSE, JOINT, metric, seeds), results.metric(DENSE, task, metric, seeds)
+            dense_gain = gain(*dense)
+            tasks[task][metric.name] = {
+                "alone": bootstrap(np.mean, alone), "joint": bootstrap(np.mean, joint), "synergy": gain(joint, alone),
+                "joint_minus_dense_joint": gain(joint, dense[0]),
+                "retained": retained(joint, alone, *dense) if dense_gain.low > 0 else None,
+                "better": metric.better,
+            } | (_worths(results, policy, metric) if policy != DENSE else {})  # fmt: skip
+    return _costs(results, policy, seeds) | {"tasks": tasks, "num_seeds": len(seeds)}
+
+
+def _summary_of_length(results: Results, name: str) -> dict[str, Any]:
+    seeds = results.seeds_of_curve(DENSE)
+    tasks = {
+        task: {
+            metric.name: {"joint": bootstrap(np.mean, results.metric(name, JOINT, metric, seeds)), "better": metric.better}
+            for metric in settings.metrics
         }
-    return {"policies": policies, "num_seeds": len(results.seeds)}
+        for task, settings in results.study.tasks.items()
+    }
+    return _costs(results, name, seeds) | {"tasks": tasks, "num_seeds": len(seeds)}
+
+
+def _costs(results: Results, name: str, seeds: list[int]) -> dict[str, Any]:
+    """FLOPs and time of joint training as shares of dense joint training's."""
+
+    def share(total: str):
+        own, dense = (results.total(one, JOINT, total, seeds) for one in (name, DENSE))
+        return bootstrap(lambda a, b: a.mean() / b.mean(), own, dense)
+
+    return {"flops_share": share(FLOPS), "time_share": share(TIME)}
+
+
+def _worths(results: Results, policy: str, metric: Metric) -> dict[str, Worth]:
+    """What dense training of the same quality costs, in shares of the whole dense run and as a multiple of the policy's cost."""
+    seeds = results.seeds_of_curve(policy)
+    if not seeds:
+        return {}
+    curve = [*results.study.lengths, DENSE]
+    qualities_LS = np.stack([results.metric(name, JOINT, metric, seeds) for name in curve])
+    found = {}
+    for total, kind in ((FLOPS, "flops"), (TIME, "time")):
+        costs_LS = np.stack([results.total(name, JOINT, total, seeds) for name in curve])
+        quality_S, cost_S = results.metric(policy, JOINT, metric, seeds), results.total(policy, JOINT, total, seeds)
+        found[f"dense_{kind}_of_equal_quality"] = worth(quality_S, costs_LS[-1], costs_LS, qualities_LS)
+        found[f"worth_in_{kind}"] = worth(quality_S, cost_S, costs_LS, qualities_LS)
+    return found
 
 
 def statements(summary: dict[str, Any]) -> list[str]:
     """Claims, only as far as the intervals allow them."""
-    if summary["num_seeds"] < 3:
-        return [f"With {summary['num_seeds']} complete seeds nothing is claimed; three are the least."]
+    if (num_seeds := summary["policies"][DENSE]["num_seeds"]) < ENOUGH_TO_CLAIM:
+        return [f"With {num_seeds} complete seeds nothing is claimed; three are the least."]
     lines = []
     for task, metrics in summary["policies"][DENSE]["tasks"].items():
         name, first = next(iter(metrics.items()))
@@ -110,7 +177,7 @@ def statements(summary: dict[str, Any]) -> list[str]:
                 f"Whether dense joint training helps {task} ({name}) is open: {dense:+.3g}. Nothing follows about what policies keep of it."
             )
         for policy, entry in summary["policies"].items():
-            if policy != DENSE:
+            if policy != DENSE and entry["num_seeds"] >= ENOUGH_TO_CLAIM:
                 lines.append(_statement(policy, entry, task, name))
     return lines
 
@@ -121,6 +188,8 @@ def _statement(policy: str, entry: dict, task: str, name: str) -> str:
     quality = "is below" if gap.high < 0 else "is above" if gap.low > 0 else "cannot be told from"
     share = entry["flops_share"].value
     text = f"{policy}, {task}: at {share:.0%} of dense FLOPs its joint quality {quality} dense joint training's ({gap:+.3g})"
+    if (multiple := found.get("worth_in_flops")) is not None:
+        text += f"; it is worth {multiple:.2f} times its FLOPs, {_verdict(multiple)}"
     if kept is None:
         return text + "."
     if kept.low >= 0.95:
@@ -132,25 +201,54 @@ def _statement(policy: str, entry: dict, task: str, name: str) -> str:
     return f"{text}; {verdict} ({kept:.0%})."
 
 
-def _signed_back(interval: Interval, better: str) -> Interval:
-    return interval if better == "high" else Interval(-interval.value, -interval.high, -interval.low)
+def _verdict(multiple: Worth) -> str:
+    if multiple.low > 1:
+        return "more than dense training that costs as much"
+    return (
+        "less than dense training that costs as much"
+        if multiple.high < 1
+        else "which cannot be told from dense training that costs as much"
+    )
+
+
+def _worth_section(summary: dict) -> list[str]:
+    if not summary["lengths"]:
+        return []
+    rows = [
+        [policy, task, name, f"{entry['flops_share'].value:.1%}", f"{m['dense_flops_of_equal_quality']:.0%}"]
+        + [f"{m[f'worth_in_{kind}']:.2f}" for kind in ("flops", "time")]
+        for policy, entry in summary["policies"].items()
+        for task, metrics in entry["tasks"].items()
+        for name, m in metrics.items()
+        if "worth_in_flops" in m
+    ]
+    return [
+        "## Cost to equal quality, joint training",
+        _table(["policy", "task", "metric", "FLOPs", "dense FLOPs of equal quality", "worth, in FLOPs", "worth, in time"], rows),
+        "Dense training was repeated at several lengths, its schedule fitted to each. The curve through them, never worse than what a"
+        " shorter run reached, says how much of the whole dense run reaches a policy's quality. Divided by the policy's own FLOPs (or CPU"
+        " time) that is what it is worth: above 1 it beats dense training that costs as much. < and > mean that the curve ends there.",
+        _table(
+            ["dense, by length", *_metric_names(summary), "FLOPs", "time", "seeds"],
+            [_row_of(name, entry) for name, entry in summary["lengths"].items()],
+        ),
+    ]
 
 
 def _metric_names(summary: dict) -> list[str]:
     return [f"{task}: {name}" for task, metrics in summary["policies"][DENSE]["tasks"].items() for name in metrics]
 
 
-def _joint_row(summary: dict, policy: str) -> list[str]:
-    entry = summary["policies"][policy]
-    cells = [f"{_signed_back(m['joint'], m['better']):.3f}" for metrics in entry["tasks"].values() for m in metrics.values()]
-    return [policy, *cells, f"{entry['flops_share'].value:.1%}", f"{entry['time_share'].value:.1%}"]
+def _row_of(policy: str, entry: dict) -> list[str]:
+    cells = [f"{signed_back(m['joint'], m['better']):.3f}" for metrics in entry["tasks"].values() for m in metrics.values()]
+    return [policy, *cells, f"{entry['flops_share'].value:.1%}", f"{entry['time_share'].value:.1%}", str(entry["num_seeds"])]
 
 
 def _synergy_rows(summary: dict, policy: str) -> list[list[str]]:
     rows = []
     for task, metrics in summary["policies"][policy]["tasks"].items():
         for name, m in metrics.items():
-            alone, joint = (f"{_signed_back(m[key], m['better']).value:.3f}" for key in ("alone", "joint"))
+            alone, joint = (f"{signed_back(m[key], m['better']).value:.3f}" for key in ("alone", "joint"))
             kept = "" if m["retained"] is None else f"{m['retained']:.0%}"
             rows.append([policy, task, name, alone, joint, f"{m['synergy']:+.3f}", kept])
     return rows
@@ -167,7 +265,7 @@ def _run_rows(results: Results) -> list[list[str]]:
             cells += [_cell(run, metric) if data in (JOINT, task) else "" for metric in settings.metrics]
         totals = run["totals"]
         labels = " + ".join(f"{totals[f'labels_of_{task}']:,.0f}" for task in results.study.tasks if totals[f"labels_of_{task}"])
-        rows.append([run["folder"], *cells, labels, f"{totals['executed_flops'] / 1e15:.2f}", f"{totals[TIME] / 60:.1f}"])
+        rows.append([run["folder"], *cells, labels, f"{totals['executed_flops'] / 1e15:.3g}", f"{totals[TIME] / 60:.1f}"])
     return rows
 
 
@@ -181,44 +279,3 @@ def _cell(run: dict, metric: Metric) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _plot(summary: dict, path: Path) -> None:
-    from megavlm.system.pictures import plain, pyplot, save_figure
-
-    policies = summary["policies"]
-    tasks = {task: next(iter(metrics)) for task, metrics in policies[DENSE]["tasks"].items()}
-    colors = dict(zip(policies, [f"C{i}" for i in range(10)]))
-    figure, axes = pyplot.subplots(len(tasks), 3, figsize=(13, 3.6 * len(tasks)), layout="constrained", squeeze=False)
-    for row, (task, name) in zip(axes, tasks.items()):
-        better = policies[DENSE]["tasks"][task][name]["better"]
-        for axis, key, label in zip(
-            row, ("flops_share", "time_share"), ("training FLOPs, share of dense", "training time, share of dense")
-        ):
-            for policy, entry in policies.items():
-                quality, share = _signed_back(entry["tasks"][task][name]["joint"], better), entry[key]
-                axis.errorbar(
-                    share.value,
-                    quality.value,
-                    xerr=[[share.value - share.low], [share.high - share.value]],
-                    yerr=[[quality.value - quality.low], [quality.high - quality.value]],
-                    fmt="o",
-                    color=colors[policy],
-                    label=plain(policy),
-                    capsize=3,
-                )
-            axis.set(xlabel=label, ylabel=f"{task}: {name}, joint")
-            if better == "low":
-                axis.invert_yaxis()
-            axis.grid(alpha=0.3)
-        axis = row[2]
-        for place, (policy, entry) in enumerate(policies.items()):
-            synergy = entry["tasks"][task][name]["synergy"]
-            error = [[synergy.value - synergy.low], [synergy.high - synergy.value]]
-            axis.bar(place, synergy.value, yerr=error, color=colors[policy], capsize=4, width=0.7)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(policies)), map(plain, policies), rotation=25, ha="right")
-        axis.set(ylabel="joint minus alone (up is good)", title=f"synergy of {task}")
-    axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"quality and synergy, {summary['num_seeds']} seeds, intervals over seeds")
-    save_figure(figure, path, dpi=130)

@@ -1,10 +1,11 @@
 """What a study compares: a YAML file becomes a list of arms, each a recipe with a few settings changed.
 
-The arms are {each task alone, all tasks together} x policies x seeds. An arm with one task keeps the route of that task only; policies
-that then agree share the arm. An arm with one task has fewer and smaller packs per step: in every step it sees as many tokens of its
-task as the joint arm, over the same number of steps.
+The arms are {each task alone, all tasks together} x policies x seeds, and dense joint training at other lengths x seeds. An arm with one
+task keeps the route of that task only; policies that then agree share the arm. It has fewer and smaller packs per step: in every step it
+sees as many tokens of its task as the joint arm, over the same number of steps.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -20,7 +21,7 @@ from megavlm.errors import ConfigError
 from megavlm.parts.parts import Parts
 from megavlm.routing.config import DENSE as DENSE_POLICIES
 from megavlm.routing.config import RoutingConfig
-from megavlm.settings import Name, PathText, Seed, Settings
+from megavlm.settings import Name, Number, PathText, Seed, Settings
 from megavlm.system.files import find_resource, write_atomically
 
 Data = Literal["joint", "understanding", "generation"]
@@ -66,6 +67,18 @@ class StudyConfig(Settings):
     judged dense. One policy must be called `dense`; the others are compared with it."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
     """Each seed is one repetition of the whole study."""
+    more_seeds: list[Seed] = []
+    """Further repetitions, of dense training and the policies of `more_seeds_for` alone."""
+    more_seeds_for: list[Name] = []
+    """Names of policies that deserve them."""
+    dense_lengths: list[Annotated[Number, Field(gt=0, lt=1)]] = []
+    """Dense joint training is repeated with these shares of the steps, warm-up and schedule fitted to each. With the whole length they
+    are the curve on which the cost to equal quality is read."""
+
+    @property
+    def lengths(self) -> dict[str, float]:
+        """Name of the arm → share of the steps, the shortest first."""
+        return {f"{DENSE}_{100 * share:g}": share for share in sorted(self.dense_lengths)}
 
 
 @dataclass(frozen=True)
@@ -104,24 +117,45 @@ def load_study(name: str, overrides: dict[str, Any] | None = None) -> StudyConfi
         raise ConfigError(message_of(path, describe_all(error, tree, StudyConfig))) from error
     if DENSE not in study.policies:
         raise ConfigError(f"{path}: policies has no {DENSE!r} to compare with\n  do:    add it: {DENSE}: {{}}")
+    if unknown := [name for name in study.more_seeds_for if name not in study.policies]:
+        raise ConfigError(
+            f"{path}: more_seeds_for: there is no policy {', '.join(unknown)}\n  do:    name some of {', '.join(study.policies)}"
+        )
+    if taken := [name for name in study.lengths if name in study.policies]:
+        raise ConfigError(f"{path}: dense_lengths makes arms {', '.join(taken)}, which policies has as well\n  do:    rename the policies")
     return study
 
 
 def plan_arms(study: StudyConfig) -> list[Arm]:
     """All runs of a study, dense ones first, without repetitions."""
     arms: dict[str, Arm] = {}
-    for seed in study.seeds:
-        for policy, settings in study.policies.items():
-            for data in (JOINT, *study.tasks):
-                config = _configure(study, settings, data, seed)
-                same = config.model_copy(update={"run_dir": ""}).model_dump_json()
-                if same in arms:
-                    known = arms[same]
-                    arms[same] = Arm((*known.policies, policy), data, seed, known.config)
-                else:
-                    run_dir = str(Path(study.study_dir) / "runs" / f"{policy}-{data}-{seed}")
-                    arms[same] = Arm((policy,), data, seed, config.model_copy(update={"run_dir": run_dir}))
+    for seed in [*study.seeds, *study.more_seeds]:
+        for policy, settings, data in _wanted(study, seed):
+            config = _configure(study, settings, data, seed)
+            same = config.model_copy(update={"run_dir": ""}).model_dump_json()
+            if same in arms:
+                known = arms[same]
+                arms[same] = Arm((*known.policies, policy), data, seed, known.config)
+            else:
+                run_dir = str(Path(study.study_dir) / "runs" / f"{policy}-{data}-{seed}")
+                arms[same] = Arm((policy,), data, seed, config.model_copy(update={"run_dir": run_dir}))
     return list(arms.values())
+
+
+def _wanted(study: StudyConfig, seed: int) -> Iterator[tuple[str, dict[str, Any], Data]]:
+    """(name, overrides, data) of every arm of a seed."""
+    dense = study.policies[DENSE]
+    everything: tuple[Data, ...] = (JOINT, *study.tasks)
+    whole = load_config(study.recipe, study.overrides | dense).optimizer
+    for data in everything:
+        yield DENSE, dense, data
+    for name, share in study.lengths.items():
+        steps, warmup = max(1, round(share * whole.num_steps)), round(share * whole.warmup_steps)
+        yield name, dense | {"optimizer.num_steps": steps, "optimizer.warmup_steps": warmup}, JOINT
+    others = [name for name in study.policies if name != DENSE and (seed in study.seeds or name in study.more_seeds_for)]
+    for name in others:
+        for data in everything:
+            yield name, study.policies[name], data
 
 
 def _configure(study: StudyConfig, policy: dict[str, Any], data: Data, seed: int) -> RunConfig:

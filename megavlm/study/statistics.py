@@ -34,15 +34,22 @@ def bootstrap(statistic, *samples: np.ndarray) -> Interval:
     With fewer than `ENOUGH_SEEDS` the interval is the whole range of the resamples. It leaves out 0 where all seeds have the same
     sign; that happens by chance in `chance_of_agreement` of cases.
     """
-    num = len(samples[0])
-    if num**num <= MAX_RESAMPLES:
-        draws = np.array(list(product(range(num), repeat=num)))
-    else:
-        draws = np.random.default_rng(0).integers(num, size=(MAX_RESAMPLES, num))
-    values = np.array([statistic(*(sample[draw] for sample in samples)) for draw in draws])
-    tail = (1 - LEVEL) / 2 if num >= ENOUGH_SEEDS else 0.0
+    values = np.array([statistic(*(sample[draw] for sample in samples)) for draw in resamples(len(samples[0]))])
+    tail = tail_of(len(samples[0]))
     low, high = np.quantile(values, [tail, 1 - tail])
     return Interval(float(statistic(*samples)), float(low), float(high))
+
+
+def resamples(num_seeds: int) -> np.ndarray:
+    """Which seeds each resample of the bootstrap draws ``[num_resamples, num_seeds]``."""
+    if num_seeds**num_seeds <= MAX_RESAMPLES:
+        return np.array(list(product(range(num_seeds), repeat=num_seeds)))
+    return np.random.default_rng(0).integers(num_seeds, size=(MAX_RESAMPLES, num_seeds))
+
+
+def tail_of(num_seeds: int) -> float:
+    """The share of the resamples that an interval leaves out at either end."""
+    return (1 - LEVEL) / 2 if num_seeds >= ENOUGH_SEEDS else 0.0
 
 
 def chance_of_agreement(num_seeds: int) -> float:

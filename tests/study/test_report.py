@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megavlm.cli.main import main
-from megavlm.study.report import statements, summarize
+from megavlm.errors import MegavlmError
+from megavlm.study.report import statements, summarize, write_report
 from megavlm.study.results import Results
 from megavlm.study.spec import Metric, StudyConfig
 from megavlm.study.statistics import bootstrap, gain, retained
@@ -30,6 +31,9 @@ def test_pairing_by_seed_removes_what_seeds_share():
     assert gain(luck + 1, luck) == gain(np.ones(3), np.zeros(3))
     found = retained(luck + 1, luck, luck + 2, luck)
     assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
+
+
+LABELS = ("labels_of_understanding", "labels_of_generation", "labels_of_text")
 
 
 def results_of(make_study, quality: dict) -> Results:
@@ -69,8 +73,53 @@ def test_only_seeds_that_are_complete_are_compared(make_study):
     quality = {(policy, data): ([0, 0, 0], [0, 0, 0]) for policy in ("dense", "other") for data in ("joint", "understanding", "generation")}
     found = results_of(make_study, quality)
     del found.runs["other", "joint", 1]
-    assert found.seeds == [0, 2]
+    assert (found.seeds("other"), found.seeds("dense")) == ([0, 2], [0, 1, 2])
+    summary = summarize(found)
+    assert (summary["policies"]["other"]["num_seeds"], summary["policies"]["dense"]["num_seeds"]) == (2, 3)
+    assert not [line for line in statements(summary) if "other" in line], "two seeds are too few to claim anything"
+    del found.runs["dense", "generation", 0]
     assert statements(summarize(found)) == ["With 2 complete seeds nothing is claimed; three are the least."]
+    found.runs = {place: run for place, run in found.runs.items() if place[0] == "other"}
+    with pytest.raises(MegavlmError, match="complete for no seed"):
+        write_report(found, "megavlm study")
+
+
+def with_lengths(make_study) -> Results:
+    """A dense curve that is linear in the logarithm of the FLOPs, and a policy at 0.4 of them that is as good as dense at 0.6."""
+    curve = {"dense_30": 0.3, "dense_50": 0.5, "dense": 1.0}
+    none, luck = [0.0] * 3, np.array([0.0, 1.0, 2.0])
+    quality = {(name, "joint"): (np.log(share) + luck, [50] * 3) for name, share in curve.items()}
+    quality |= {(name, task): (none, none) for name in ("dense", "other") for task in ("understanding", "generation")}
+    found = results_of(make_study, quality | {("other", "joint"): (np.log(0.6) + luck, [20] * 3)})
+    found.study = found.study.model_copy(update={"dense_lengths": [0.5, 0.3], "study_dir": str(found.study.study_dir)})
+    for (name, data, _), run in found.runs.items():
+        share = curve.get(name, 0.4) if data == "joint" else 1.0
+        run["totals"] = {"executed_flops": 1e15 * share, "cpu_seconds": 60.0 * min(1.0, 2 * share)} | dict.fromkeys(LABELS, 5.0)
+    return found
+
+
+def test_the_cost_to_equal_quality_is_read_from_the_dense_curve(make_study, tmp_path):
+    found = with_lengths(make_study)
+    entry = summarize(found)["policies"]["other"]["tasks"]
+    reading, drawing = entry["understanding"]["accuracy"], entry["generation"]["distance"]
+    assert reading["dense_flops_of_equal_quality"].value == pytest.approx(0.6)
+    assert reading["worth_in_flops"].value == pytest.approx(1.5)
+    assert reading["worth_in_flops"].low == pytest.approx(1.5), "what seeds share is no uncertainty"
+    assert reading["worth_in_time"].value == pytest.approx(60 / 48), "dense at half the steps or more costs the whole time here"
+    assert f"{drawing['worth_in_flops']:.1f}" == ">2.5 [>2.5, >2.5]", "no dense run draws as well"
+    (tmp_path / "study").mkdir()
+    text = write_report(found, "megavlm study known").read_text()
+    assert "| other | understanding | accuracy | 40.0% | 60% [60%, 60%] | 1.50 [1.50, 1.50] |" in text
+    assert "it is worth 1.50 [1.50, 1.50] times its FLOPs, more than dense training that costs as much" in text
+    assert "also at 30%, 50% of the steps" in text and "| dense_30 |" in text
+    assert (tmp_path / "study" / "report.png").stat().st_size > 20_000
+
+
+def test_without_lengths_nothing_is_said_of_worth(make_study):
+    found = with_lengths(make_study)
+    found.study = found.study.model_copy(update={"dense_lengths": []})
+    summary = summarize(found)
+    assert summary["lengths"] == {} and "worth_in_flops" not in summary["policies"]["other"]["tasks"]["understanding"]["accuracy"]
 
 
 def test_a_study_from_nothing_and_again(make_study, tmp_path, monkeypatch, capsys):

@@ -69,3 +69,29 @@ def test_the_policies_of_a_study_that_ships_fit_its_model(name):
     for policy in study.policies.values():
         config = load_config(study.recipe, study.overrides | policy)
         _ = Parts(config).phases
+
+
+def test_dense_training_of_other_lengths_has_its_schedule_fitted(make_study):
+    study = make_study(
+        seeds=[0], dense_lengths=[0.75, 0.5], overrides=make_study().overrides | {"optimizer.num_steps": 40, "optimizer.warmup_steps": 8}
+    )
+    arms = {arm.folder.name: arm for arm in plan_arms(study)}
+    lengths = {name: arm.config.optimizer for name, arm in arms.items() if name.startswith("dense_")}
+    found = {name: (optimizer.num_steps, optimizer.warmup_steps) for name, optimizer in lengths.items()}
+    assert found == {"dense_50-joint-0": (20, 4), "dense_75-joint-0": (30, 6)}
+    assert list(arms)[:5] == ["dense-joint-0", "dense-generation-0", "dense-understanding-0", "dense_50-joint-0", "dense_75-joint-0"]
+
+
+def test_more_seeds_are_for_the_policies_that_deserve_them(make_study):
+    arms = plan_arms(make_study(seeds=[0], more_seeds=[1, 2], more_seeds_for=["random_ltd"], dense_lengths=[0.5]))
+    found = {seed: {arm.folder.name.split("-")[0] for arm in arms if arm.seed == seed} for seed in (0, 1, 2)}
+    assert found[0] == {"dense", "dense_50", "late_drop", "random_ltd"} and found[1] == found[2] == {"dense", "dense_50", "random_ltd"}
+
+
+def test_mistakes_of_lengths_and_more_seeds_are_named(make_study):
+    with pytest.raises(ConfigError, match="more_seeds_for: there is no policy tread"):
+        make_study(more_seeds=[3], more_seeds_for=["tread"])
+    with pytest.raises(ConfigError, match="dense_lengths makes arms dense_50, which policies has"):
+        make_study(dense_lengths=[0.5], policies={"dense": {}, "dense_50": {}})
+    with pytest.raises(ConfigError, match="dense_lengths.0: Input should be less than 1"):
+        make_study(dense_lengths=[1.0])
