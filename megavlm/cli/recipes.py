@@ -13,7 +13,7 @@ class RecipeCommands:
     """Explain a recipe, and look it over before it costs anything."""
 
     def show(self, recipe: str, **overrides):
-        """Print every setting with its value, default, unit and meaning, then the run's phases.
+        """Print every setting with its value, default, unit and meaning.
 
         Args:
             recipe: Path of a YAML file, or a name such as `digits`.
