@@ -66,6 +66,7 @@ def evaluate(model: TrainedModel, validation: ValidationConfig) -> dict[str, Any
         log.info("drawing %d images", len(requests))
         drawn = model.image_tokenizer.decode(model.draw(requests))
         settings = {"temperature": config.temperature, "top_k": config.top_k, "guidance": config.guidance}
+        settings |= {"guidance_route": config.guidance_route} if config.guidance_route else {}
         result["generation"] = {"drawings": len(requests), **(benchmark.judge(drawn) if benchmark else {}), **settings}
         _show(drawn, requests, model)
     write_atomically(model.folder.evaluation, json.dumps(result, indent=2))

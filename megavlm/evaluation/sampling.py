@@ -33,6 +33,7 @@ def draw_images(
     temperature: float = 1.0,
     top_k: int = 0,
     guidance: float = 1.0,
+    guidance_costing: Costing | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> np.ndarray:
     """Draw one image per prompt.
@@ -50,6 +51,8 @@ def draw_images(
         temperature: Temperature of the softmax.
         top_k: Draw among the k most likely codes; 0 is all.
         guidance: 1 is none. It weighs the texts; images of a prompt stay in both.
+        guidance_costing: Costing of the routing plan that the unconditional half follows; the same as the other half's by default. A weaker
+            model as the one to be guided away from draws better (Karras et al., arXiv 2406.02507; by a route, arXiv 2601.01608).
         batch_tokens: Tokens that are decoded together, prompts and images; with guidance every prompt counts twice.
 
     Returns:
@@ -65,7 +68,7 @@ def draw_images(
         for batch in batches(lengths[shared], batch_tokens):
             noise = _Noise(len(lengths[shared]), batch, torch.Generator(device).manual_seed(group_seed))
             chosen = [sample for of_ratio in samples for sample in of_ratio[shared][batch]]
-            options = {"temperature": temperature, "top_k": top_k, "guidance": guidance}
+            options = {"temperature": temperature, "top_k": top_k, "guidance": guidance, "guidance_costing": guidance_costing}
             codes = _stream_batch(model, encoder, chosen, costing, noise=noise, device=device, **options)
             drawn.append(torch.stack(list(codes), 1).cpu().numpy())
     grid = encoder.image_tokenizer.height, encoder.image_tokenizer.width
@@ -83,11 +86,12 @@ def stream_codes(
     temperature: float = 1.0,
     top_k: int = 0,
     guidance: float = 1.0,
+    guidance_costing: Costing | None = None,
 ) -> Iterator[torch.Tensor]:
     """What `draw_images` draws, all in one batch: the codes ``[B]`` of one place of every image after another."""
     samples = [sample for of_ratio in _samples(encoder, prompts, guidance) for sample in of_ratio]
     noise = _Noise(len(prompts), slice(None), torch.Generator(device).manual_seed(seed))
-    options = {"temperature": temperature, "top_k": top_k, "guidance": guidance}
+    options = {"temperature": temperature, "top_k": top_k, "guidance": guidance, "guidance_costing": guidance_costing}
     return _stream_batch(model, encoder, samples, costing, noise=noise, device=device, **options)
 
 
@@ -126,18 +130,24 @@ def _stream_batch(
     temperature: float,
     top_k: int,
     guidance: float,
+    guidance_costing: Costing | None,
 ) -> Iterator[torch.Tensor]:
     """Codes ``[B]``, place by place, of samples that are drawn together; with guidance these are 2 B, the unconditional ones last."""
     vocabulary, tokenizer = encoder.vocabulary, encoder.image_tokenizer
     guided = guidance != 1.0
-    decoder = Decoder(
-        model=model,
-        samples=samples,
-        prompt_lengths=[sample.spans[-1].start for sample in samples],
-        costing=costing,
-        device=device,
-    )
-    logits_BV, num_codes = decoder.start(), tokenizer.height * tokenizer.width
+    num = len(samples) // 2
+    halves = [(samples[:num], costing), (samples[num:], guidance_costing)] if guided and guidance_costing else [(samples, costing)]
+    decoders = [
+        Decoder(
+            model=model,
+            samples=half,
+            prompt_lengths=[sample.spans[-1].start for sample in half],
+            costing=of_half,
+            device=device,
+        )
+        for half, of_half in halves
+    ]
+    logits_BV, num_codes = torch.cat([decoder.start() for decoder in decoders]), tokenizer.height * tokenizer.width
     barred_PC = torch.from_numpy(tokenizer.barred()).to(device)
     for place in progress(range(num_codes), "draw images"):
         logits_BC = logits_BV[:, vocabulary.first_code : vocabulary.size]
@@ -149,7 +159,9 @@ def _stream_batch(
         yield codes_B
         if place + 1 < num_codes:
             tokens_B = codes_B + vocabulary.first_code
-            logits_BV = decoder.feed(torch.cat([tokens_B, tokens_B]) if guided else tokens_B)
+            tokens_B = torch.cat([tokens_B, tokens_B]) if guided else tokens_B
+            of_decoders = zip(decoders, tokens_B.chunk(len(decoders)))
+            logits_BV = torch.cat([decoder.feed(of_decoder_B) for decoder, of_decoder_B in of_decoders])
 
 
 def _chosen(logits_BC: torch.Tensor, top_k: int, noise: _Noise) -> torch.Tensor:

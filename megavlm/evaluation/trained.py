@@ -45,6 +45,9 @@ class EvaluationConfig(Settings):
     """Tokens that are drawn, answered or scored together: bounds the memory of their caches (see docs/judging.md)."""
     route: Literal["dense", "trained"] = "dense"
     """Which tokens are active when the model is judged or draws: `dense` is all; `trained` is the policies of the training, in full."""
+    guidance_route: Literal["dense", "trained"] | None = None
+    """Likewise in the unconditional half of guidance; by default the same as `route`. `trained` beside a dense `route` guides away from the
+    weaker model that the route makes (arXiv 2601.01608)."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class TrainedModel:
     config: EvaluationConfig
     seed: int
     """The run's seed."""
+    guidance_costing: Costing | None = None
+    """Costing of the route that ``evaluation.guidance_route`` names; None where that is the same."""
 
     @property
     def image_tokenizer(self) -> ImageTokenizer:
@@ -85,5 +90,6 @@ class TrainedModel:
             temperature=config.temperature,
             top_k=config.top_k,
             guidance=config.guidance,
+            guidance_costing=self.guidance_costing,
             batch_tokens=config.batch_tokens,
         )

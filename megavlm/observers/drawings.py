@@ -51,6 +51,7 @@ class Drawings(Observer):
                 temperature=config.evaluation.temperature,
                 top_k=config.evaluation.top_k,
                 guidance=config.evaluation.guidance,
+                guidance_costing=training.parts.guidance_costing,
                 batch_tokens=config.evaluation.batch_tokens,
             )
         finally:

@@ -99,7 +99,17 @@ class Parts:
     @cached_property
     def inference_costing(self) -> Costing:
         """Costing of the route that ``evaluation.route`` names: dense, or the run's policies in full."""
-        policies = DENSE if self.config.evaluation.route == "dense" else self.config.routing.trained
+        return self._costing_of(self.config.evaluation.route)
+
+    @cached_property
+    def guidance_costing(self) -> Costing | None:
+        """Costing of the route of guidance's unconditional half, if it has one of its own."""
+        evaluation = self.config.evaluation
+        route = evaluation.guidance_route
+        return None if route is None or route == evaluation.route else self._costing_of(route)
+
+    def _costing_of(self, route: str) -> Costing:
+        policies = DENSE if route == "dense" else self.config.routing.trained
         return Costing(Phases.always(*policies, self.shape.num_layers), self.shape)
 
     @property

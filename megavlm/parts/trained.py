@@ -68,6 +68,7 @@ def load_trained(run: str | Path, overrides: dict[str, Any] | None = None, *, in
         backbone=backbone,
         encoder=parts.encoder,
         costing=parts.inference_costing,
+        guidance_costing=parts.guidance_costing,
         device=device,
         config=parts.config.evaluation,
         seed=parts.config.seed,

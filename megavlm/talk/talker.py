@@ -181,6 +181,7 @@ class Talker:
             temperature=drawing.temperature,
             top_k=drawing.top_k,
             guidance=drawing.guidance,
+            guidance_costing=model.guidance_costing,
         )
         for place, codes_N in enumerate(steps, 1):
             codes_NP[:, place - 1] = codes_N.cpu()
