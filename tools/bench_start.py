@@ -3,7 +3,7 @@
     python tools/bench_start.py --out docs/results/start.json
 
 Random weights, then the same model from a folder of safetensors, where the bytes of the tensors that all processes read are counted. Every
-arm runs in processes of its own, one arm after the other; prints a table.
+arm runs in processes of its own, one arm after the other; prints a table. Memory and CPU seconds are those of the process that has most.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,14 @@ def main() -> None:
             "tie_word_embeddings": False,
         }
         _write(architecture, folder)
-        rows = [
-            _measure(architecture, folder, number, from_files=from_files, divided=divided)
-            for number in options.processes
-            for from_files in (False, True)
-            for divided in (False, True)
-        ]
-    print("| processes | weights | made | most memory of a process beyond its begin | bytes read, all processes | seconds |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        print("| {processes} | {weights} | {made} | {peak_gb:.2f} GB | {read_gb:.2f} GB | {seconds:.0f} |".format(**row))
+        print("| processes | weights | made | most memory of a process beyond its begin | bytes read | seconds | CPU seconds |")
+        print("|---|---|---|---|---|---|---|")
+        rows = []
+        for number, from_files, divided in product(options.processes, (False, True), (False, True)):
+            row = _measure(architecture, folder, number, from_files=from_files, divided=divided)
+            print("| {processes} | {weights} | {made} | {peak_gb:.2f} GB | {read_gb:.2f} GB".format(**row), end="")
+            print(" | {seconds:.0f} | {cpu_seconds:.0f} |".format(**row), flush=True)
+            rows.append(row)
     if options.out:
         options.out.write_text(json.dumps({"parameters": rows[0]["parameters"], "rows": rows}, indent=1) + "\n")
 
@@ -99,6 +98,7 @@ def _measure(architecture: dict[str, Any], folder: str, processes: int, *, from_
         "peak_gb": max(rank["peak"] for rank in found) / 1e9,
         "read_gb": sum(rank["read"] for rank in found) / 1e9,
         "seconds": max(rank["seconds"] for rank in found),
+        "cpu_seconds": max(rank["cpu_seconds"] for rank in found),
     }
 
 
@@ -113,7 +113,7 @@ def _rank(queue, place, architecture: dict[str, Any], folder: str, from_files: b
     world = distributed.start(600)
     torch.manual_seed(0)
     world.barrier()
-    before, begin = _status("VmRSS"), time.perf_counter()
+    before, begin, cpu_begin = _status("VmRSS"), time.perf_counter(), time.process_time()
     vocabulary = Vocabulary(f"{folder}/data/text.model", 17)
     make = partial(make_causal_lm, architecture, vocabulary.size)
     if divided:
@@ -128,8 +128,8 @@ def _rank(queue, place, architecture: dict[str, Any], folder: str, from_files: b
             model.load_state_dict({name: file.get_tensor(name) for file in files for name in file.keys()})  # noqa: SIM118 (no mapping)
         deepspeed.zero.Init(module=model, config_dict_or_path=DOCUMENT)
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-    seconds = time.perf_counter() - begin
-    queue.put({"peak": _status("VmHWM") - before, "read": _Counted.num_bytes, "seconds": seconds, "parameters": parameters})
+    times = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu_begin}
+    queue.put({"peak": _status("VmHWM") - before, "read": _Counted.num_bytes, "parameters": parameters} | times)
     world.barrier()
 
 
@@ -140,6 +140,12 @@ class _Counted:
 
     def __init__(self, *args: Any, **named: Any):
         self.file = safe_open(*args, **named)
+
+    def __enter__(self) -> "_Counted":
+        return self
+
+    def __exit__(self, *_failure: Any) -> None:
+        del self.file
 
     def get_tensor(self, name: str) -> torch.Tensor:
         tensor = self.file.get_tensor(name)

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
+from megavlm.system.memory import freed_memory_given_back
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -21,8 +23,7 @@ def make_partitioned(make: Callable[[], Module], document: dict[str, Any], *, bf
     """A module under ZeRO-3, with the very weights that it would have without. Called by all ranks together.
 
     Every rank draws all weights, in the constructor's order and in float32 on the CPU, and keeps its part: a seed gives the same ones at
-    any number of processes. A process needs its part, and a few times the largest tensor while that is drawn;
-    what the C library keeps of freed memory comes on top (`tools/bench_start.py`).
+    any number of processes. A process needs its part, and a few times the largest tensor while that is drawn (`tools/bench_start.py`).
 
     Args:
         make: The constructor; may hold stock models of `transformers`.
@@ -32,12 +33,19 @@ def make_partitioned(make: Callable[[], Module], document: dict[str, Any], *, bf
     """
     import deepspeed
 
+    class Divide(deepspeed.zero.Init):
+        """Without its broadcast from rank 0: every rank has drawn the same numbers."""
+
+        def _zero_init_param(self, param: Any) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
     def partition(module: nn.Module) -> None:
         new = [p for p in module.parameters() if not hasattr(p, "ds_id")]
         for parameter in new:
             parameter.data = parameter.data.bfloat16() if bfloat16 else parameter.data
         if new:
-            deepspeed.zero.Init(module=nn.ParameterList(new), config_dict_or_path=document)
+            Divide(module=nn.ParameterList(new), config_dict_or_path=document)
 
     def registered(_parent: nn.Module, _name: str, child: nn.Module | None) -> None:
         if child is not None:
@@ -45,7 +53,7 @@ def make_partitioned(make: Callable[[], Module], document: dict[str, Any], *, bf
 
     hook = register_module_module_registration_hook(registered)
     try:
-        with _initialized_whole():
+        with freed_memory_given_back(), _initialized_whole():
             module = make()
     finally:
         hook.remove()
@@ -97,16 +105,16 @@ def _initialized_whole() -> Iterator[None]:
 @contextmanager
 def _whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Within it parameters are whole, in float32 on the CPU, where random numbers are drawn the same everywhere."""
-    import deepspeed
-
-    divided = {id(parameter): parameter for parameter in parameters if hasattr(parameter, "ds_id")}
+    divided: list[Any] = list({id(parameter): parameter for parameter in parameters if hasattr(parameter, "ds_id")}.values())
     if not divided:
         yield
         return
-    with deepspeed.zero.GatheredParameters(divided.values(), modifier_rank=0):
-        before = {number: (parameter.device, parameter.dtype) for number, parameter in divided.items()}
-        for parameter in divided.values():
-            parameter.data = parameter.data.float().cpu()
-        yield
-        for number, parameter in divided.items():
-            parameter.data = parameter.data.to(*before[number])
+    divided[0].all_gather(divided)
+    before = [(parameter.device, parameter.dtype) for parameter in divided]
+    for parameter in divided:
+        parameter.data = parameter.data.float().cpu()
+    yield
+    for parameter, (device, dtype) in zip(divided, before):
+        parameter.data = parameter.data.to(device, dtype)
+    # no broadcast, as DeepSpeed's own context would do: every rank has drawn the same
+    divided[0].partition(divided, has_been_updated=True)

@@ -1,7 +1,14 @@
-"""What this machine can hold, so that what it cannot is refused before it is allocated. Tested by `tests/parts/test_fitness.py`."""
+"""What this machine can hold, so that what it cannot is refused before it is allocated; memory given back to it.
 
+Tested by `tests/system/test_memory.py` and `tests/parts/test_fitness.py`.
+"""
+
+import ctypes
 import os
+import platform
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megavlm.errors import ConfigError
@@ -53,3 +60,27 @@ def allow_open_files(number: int, what: str, remedy: str) -> None:
             f"  do:    {remedy}, or raise the limit (`ulimit -n`)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""glibc's numbers of these settings, from malloc.h."""
+
+
+@contextmanager
+def freed_memory_given_back() -> Iterator[None]:
+    """Within it large blocks go back to the system when they are freed, where the C library is glibc.
+
+    It would keep blocks of up to 32 MiB between others that are still in use: as much as a model, where one is made tensor by tensor.
+    Afterwards it keeps them again, as it does by itself once it has seen one of that size: steps use them again and again.
+    """
+    if platform.libc_ver()[0] != "glibc" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+        libc.malloc_trim(0)

@@ -145,6 +145,8 @@ def start(timeout_s: int) -> World:
     device = device_of(local_rank, torch.cuda.device_count() if has_cuda else 0)
     if has_cuda:
         torch.cuda.set_device(device)
+        # DeepSpeed takes it for the number of the device
+        os.environ["LOCAL_RANK"] = str(device.index)
     else:
         # or DeepSpeed compiles a shared-memory all-reduce for half a minute, at every first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

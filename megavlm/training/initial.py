@@ -16,6 +16,7 @@ from megavlm.engine.partition import shape_of, write_whole
 from megavlm.engine.weights import CheckpointWeights, DoesNotFit
 from megavlm.errors import ConfigError
 from megavlm.runs.manifest import complete_checkpoints, verify
+from megavlm.system.memory import freed_memory_given_back
 from megavlm.system.world import World
 from megavlm.training.stacked_experts import Stored, with_stacked_experts
 from megavlm.vocabulary import Vocabulary, same_text_model
@@ -55,8 +56,9 @@ def load_initial_weights(source: str, causal_lm: PreTrainedModel, vocabulary: Vo
         world.on_main(find)
     else:
         find()
-    for name, tensor in _tensors(causal_lm).items():
-        write_whole(tensor, readers[0].get(name) if readers else None)
+    with freed_memory_given_back():
+        for name, tensor in _tensors(causal_lm).items():
+            write_whole(tensor, readers[0].get(name) if readers else None)
 
 
 def _readers(path: Path, causal_lm: PreTrainedModel, vocabulary: Vocabulary) -> dict[str, Callable[[], torch.Tensor]]:
@@ -110,15 +112,10 @@ def _of_safetensors(
         num_old: The rows that these have in the files then.
     """
     try:
-        files = [safe_open(shard, framework="pt") for shard in shards]
+        there = {name: (shard, shape) for shard in shards for name, shape in _shapes_in(shard).items()}
     except (OSError, SafetensorError) as error:
         raise ConfigError(_does_not_fit(path, f"a file is damaged: {error}")) from error
-    stored = {
-        name: Stored(torch.Size(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
-        for file in files
-        for name in file.keys()  # noqa: SIM118 (a file is no mapping)
-    }
-    holder = with_stacked_experts(stored)
+    holder = with_stacked_experts({name: Stored(shape, partial(_read, shard, name)) for name, (shard, shape) in there.items()})
     found = {name: next((other for other in names[name] if other in holder), None) for name in shapes}
     missing = sorted(name for name, other in found.items() if other is None)
     unexpected = sorted(set(holder) - {other for others in names.values() for other in others})
@@ -127,13 +124,24 @@ def _of_safetensors(
     readers: dict[str, Callable[[], torch.Tensor]] = {}
     for name, other in found.items():
         assert other is not None
-        (there, read), wanted = holder[other], shapes[name]
-        if there != wanted and name in vocabulary_matrices and there == (num_old, *wanted[1:]):
+        (shape, read), wanted = holder[other], shapes[name]
+        if shape != wanted and name in vocabulary_matrices and shape == (num_old, *wanted[1:]):
             read = partial(_read_grown, read, wanted[0])
-        elif there != wanted:
-            raise ConfigError(_does_not_fit(path, f"{name} is {_by(there)} there and {_by(wanted)} here"))
+        elif shape != wanted:
+            raise ConfigError(_does_not_fit(path, f"{name} is {_by(shape)} there and {_by(wanted)} here"))
         readers[name] = read
     return readers
+
+
+def _shapes_in(shard: Path) -> dict[str, torch.Size]:
+    with safe_open(shard, framework="pt") as file:
+        return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
+
+
+def _read(shard: Path, name: str) -> torch.Tensor:
+    """One tensor; the file is closed again, or what has been read of it would stay in memory."""
+    with safe_open(shard, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _read_grown(read: Callable[[], torch.Tensor], num_rows: int) -> torch.Tensor:
