@@ -9,6 +9,7 @@ from megavlm.engine.deepspeed_file import read_deepspeed_file
 from megavlm.engine.guard import Guard, GuardedAdamW
 from megavlm.engine.partition import shape_of
 from megavlm.engine.protocol import Engine
+from megavlm.engine.reductions import reduce_scatter_coalesced
 from megavlm.engine.schedule import OptimizerConfig
 from megavlm.model.backbone import Backbone
 from megavlm.model.experts import expert_blocks
@@ -102,6 +103,7 @@ def start_engine(
         set_z3_leaf_modules(backbone, list({type(leaf) for leaf in leaves}))
     # DeepSpeed reads the norm back to the host in every step, to skip it there; our guard skips on the device
     stage3.is_invalid_grad_norm = lambda _norm: False
+    stage3.reduce_scatter_coalesced = reduce_scatter_coalesced
     started, *_ = deepspeed.initialize(model=backbone, optimizer=adamw, config=document)
     return cast(Engine, started)
 
