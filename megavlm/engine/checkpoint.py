@@ -6,40 +6,44 @@ divides the lanes.
         step-00000500/
             manifest.json   step, world size, metrics, size and SHA-256 of every other file; its presence marks a complete checkpoint
             state.json      steps of every parameter group, state of every data lane, loss statistics, totals
-            tensors/        torch.distributed.checkpoint: see `megavlm.engine.zero_state`
+            tensors/        see `megavlm.engine.shards` and `megavlm.engine.zero_state`
 
 ``save`` copies the shards to host memory, which is the only thing that training waits for, and leaves the rest to a
-thread: every rank writes its own file under a temporary name, it is synced to the disk and hashed, and rank 0 renames
-the folder last. The thread talks over a process group of its own.
+thread: every rank writes and hashes its own file in a folder with a temporary name, and rank 0 renames the folder last.
+The thread talks over a process group of its own, to rank 0 and back.
 """
 
+import hashlib
 import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
-from torch.distributed.checkpoint import api, filesystem, state_dict_loader, state_dict_saver
-from torch.distributed.device_mesh import init_device_mesh
 
 from megavlm.engine.protocol import Engine
-from megavlm.engine.weights import DoesNotFit, check_modules, in_short
-from megavlm.engine.zero_state import Staging, group_steps, install, set_group_steps
+from megavlm.engine.shards import LAYOUT, layout, write_part
+from megavlm.engine.weights import check_tensors, shards_of
+from megavlm.engine.zero_state import Staging, group_steps, install, numel_of, set_group_steps
 from megavlm.errors import MegavlmError
 from megavlm.runs import manifest
 from megavlm.runs.manifest import checkpoints_in, complete_checkpoints, verify
 from megavlm.runs.ownership import Ownership, Superseded
 from megavlm.runs.retention import CheckpointConfig
-from megavlm.system.files import read_json, sha256, sync_folder, write_synced
+from megavlm.system.files import read_json, sync_folder, write_synced
 from megavlm.system.harmless import harmless
 from megavlm.system.world import World, new_host_group
 
 log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 WRITING_TIMEOUT_S = 3600
 """A file system that does not answer for so long is given up."""
@@ -79,9 +83,8 @@ class Checkpointer:
         self.config = config
         self._owner: Ownership | None = None
         self._group = new_host_group(WRITING_TIMEOUT_S)
-        self._together(self._take_folder)
-        # a mesh on the CPU, whatever the GPUs talk with: only host memory is ever written
-        self._staging = Staging(world.rank, init_device_mesh("cpu", (world.size,)))
+        self._on_main(self._take_folder)
+        self._staging = Staging(world.rank)
         self._writer = ThreadPoolExecutor(1, "checkpoint", initializer=_use_device, initargs=(world.device,))
         self._pending: Future | None = None
         self._seconds: list[float] = []
@@ -125,7 +128,8 @@ class Checkpointer:
         stall_s = time.perf_counter() - begin
         self.last_step = step
         state = {"step": step, "group_steps": steps, **(shared or {})}
-        self._pending = self._writer.submit(self._write, tensors, state, (lanes, of_rank), metrics or {}, begin=begin, stall_s=stall_s)
+        content = _Content(tensors, numel_of(engine), state, (lanes, of_rank), metrics or {}, begin)
+        self._pending = self._writer.submit(self._write, content, stall_s)
         if not self.config.background:
             wait = self.wait()
             return wait.seconds if wait else 0.0
@@ -173,14 +177,14 @@ class Checkpointer:
             MegavlmError: If there are checkpoints, but none is intact; also if they were set aside before.
         """
         damaged: dict[Path, str] = {}
-        for path in reversed(self._together(lambda: checkpoints_in(self.folder))[0]):
+        for path in reversed(self._on_main(partial(checkpoints_in, self.folder))):
             if problems := self._problems(path):
                 damaged[path] = "; ".join(problems)
                 log.error("checkpoint %s is damaged and not taken: %s", path, damaged[path])
                 continue
             self._set_aside(list(damaged))
             return self.restore(path, engine)
-        damaged |= dict.fromkeys(self._together(lambda: manifest.set_aside(self.folder))[0], "was damaged and set aside")
+        damaged |= dict.fromkeys(self._on_main(partial(manifest.set_aside, self.folder)), "was damaged and set aside")
         if damaged:
             raise MegavlmError(
                 "every checkpoint of this run is damaged:\n  " + "\n  ".join(f"{path}: {what}" for path, what in damaged.items()) + "\n"
@@ -199,13 +203,9 @@ class Checkpointer:
         """
         state = read_json(path / "state.json")
         set_group_steps(engine, state["group_steps"])
-        tensors = self._staging.empty_like(engine)
-        check_modules(path, tensors)
-        try:
-            state_dict_loader.load(tensors, storage_reader=filesystem.FileSystemReader(path / "tensors"), process_group=self._group)
-        except (ValueError, RuntimeError, KeyError, api.CheckpointException) as error:
-            raise DoesNotFit(path, in_short(error)) from error
-        install(tensors, engine)
+        shards = shards_of(path)
+        check_tensors(path, shards, numel_of(engine))
+        install(shards.read, engine, self.world.rank)
         self._seconds = [manifest.read_manifest(path)["seconds"]]
         self.last_step = state["step"]
         return state
@@ -218,8 +218,6 @@ class Checkpointer:
 
     def _take_folder(self) -> None:
         """What rank 0 does first: nobody else may write from now on."""
-        if not self.world.is_main:
-            return
         try:
             self._owner = Ownership(self.folder)
         except OSError as error:
@@ -235,54 +233,57 @@ class Checkpointer:
                     path.rename(path.with_name(f"damaged-{path.name}-{owner.token}"))
 
     def _problems(self, path: Path) -> list[str]:
-        parts = self._together(lambda: verify(path, self.world.rank, self.world.size))
-        return sorted({problem for part in parts for problem in part})
+        parts = self._each(lambda: verify(path, self.world.rank, self.world.size))
+        return self._on_main(lambda: sorted({problem for part in parts for problem in part}))
 
-    def _write(self, tensors, state: dict, of_rank: tuple, metrics: dict, *, begin: float, stall_s: float) -> Saved:
+    def _write(self, content: "_Content", stall_s: float) -> Saved:
         """What the thread does, on all ranks."""
-        step = state["step"]
+        step, begin = content.state["step"], content.begin
         try:
-            path, num_bytes = self._write_files(tensors, state, of_rank, metrics, begin=begin)
+            path, num_bytes = self._write_files(content)
         except Superseded:
             raise
-        # whatever it was, the run goes on; what torch raises for failures of ranks is no Exception
-        except (Exception, api.CheckpointException) as error:
-            return Saved(step, None, f"{in_short(error)} ({_room(self.folder)})", stall_s, time.perf_counter() - begin, 0)
+        except Exception as error:  # whatever it was, the run goes on
+            return Saved(step, None, f"{type(error).__name__}: {error} ({_room(self.folder)})", stall_s, time.perf_counter() - begin, 0)
         return Saved(step, path, "", stall_s, time.perf_counter() - begin, num_bytes)
 
-    def _write_files(self, tensors, state: dict, of_rank: tuple, metrics: dict, *, begin: float) -> tuple[Path, int]:
-        step = state["step"]
-        final = self.folder / manifest.folder_name(step)
-        token = self._gather(self._owner.token if self._owner else "", self._group)[0]
-        temporary = self.folder / f".writing-{final.name}-{token}"
+    def _write_files(self, content: "_Content") -> tuple[Path, int]:
+        final = self.folder / manifest.folder_name(content.state["step"])
+        temporary = self._on_main(partial(self._make_temporary, final))
         try:
-            self._together(lambda: temporary.mkdir(parents=True) if self._owner else None)
-            # nothing is on a device any more: a loader that copies ahead would wait for one all the same
-            writer = filesystem.FileSystemWriter(temporary / "tensors", sync_files=True, per_thread_copy_ahead=0)
-            state_dict_saver.save(tensors, storage_writer=writer, process_group=self._group)
-            of_ranks = self._gather(of_rank, self._group)
-            state["lanes"] = {str(lane): lane_state for lanes, _ in of_ranks for lane, lane_state in lanes.items()}
-            state["ranks"] = [other for _, other in of_ranks]
-            text = json.dumps(state)
-            self._together(lambda: write_synced(temporary / "state.json", text) if self._owner else None)
-            files = {name: entry for part in self._together(lambda: self._describe(temporary)) for name, entry in part.items()}
-            self._together(lambda: self._complete(temporary, final, step, files, metrics=metrics, begin=begin) if self._owner else None)
-            return final, sum(entry["bytes"] for entry in files.values())
+            parts = self._each(lambda: (write_part(temporary / "tensors", self.world.rank, content.tensors), content.of_rank))
+            return final, self._on_main(lambda: self._complete(temporary, final, content, parts))
         except BaseException:
             if self._owner:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _describe(self, temporary: Path) -> dict[str, dict]:
-        mine = sorted(p for p in temporary.rglob("*") if p.is_file())[self.world.rank :: self.world.size]
-        return {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in mine}
+    def _make_temporary(self, final: Path) -> Path:
+        assert self._owner is not None
+        temporary = self.folder / f".writing-{final.name}-{self._owner.token}"
+        (temporary / "tensors").mkdir(parents=True)
+        return temporary
 
-    def _complete(self, temporary: Path, final: Path, step: int, files: dict, *, metrics: dict, begin: float) -> None:
-        """Rank 0's last act: manifest, rename, retention."""
-        content = {"format": 2, "step": step, "world_size": self.world.size, "metrics": metrics}
-        content |= {"seconds": round(time.perf_counter() - begin, 3), "files": dict(sorted(files.items()))}
-        content["sha256"] = manifest.digest_of_manifest(content)
-        write_synced(temporary / "manifest.json", json.dumps(content, indent=1))
+    def _complete(self, temporary: Path, final: Path, content: "_Content", parts: list[tuple[dict, tuple]]) -> int:
+        """Rank 0's last act: layout, state, manifest, rename, retention. Gives the bytes of all files.
+
+        Args:
+            temporary: Where they are.
+            final: Where they are to be.
+            content: The state, and what rank 0 adds.
+            parts: Of each rank what it wrote, and what it adds.
+        """
+        lanes = {str(lane): state for _, (of_lanes, _) in parts for lane, state in of_lanes.items()}
+        state = content.state | {"lanes": lanes, "ranks": [other for _, (_, other) in parts]}
+        files = {f"tensors/{name}": entry for entries, _ in parts for name, entry in entries.items()}
+        texts = {f"tensors/{LAYOUT}": layout(content.numel, self.world.size), "state.json": json.dumps(state)}
+        for name, text in texts.items():
+            write_synced(temporary / name, text)
+            files[name] = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        entries = {"format": 3, "step": state["step"], "world_size": self.world.size, "metrics": content.metrics}
+        entries |= {"seconds": round(time.perf_counter() - content.begin, 3), "files": dict(sorted(files.items()))}
+        entries["sha256"] = manifest.digest_of_manifest(entries)
+        write_synced(temporary / "manifest.json", json.dumps(entries, indent=1))
         sync_folder(temporary / "tensors")
         sync_folder(temporary)
         assert self._owner is not None
@@ -294,24 +295,50 @@ class Checkpointer:
         with harmless(f"the removal of old checkpoints in {self.folder}"):  # this one is complete
             for old in self.config.doomed(complete_checkpoints(self.folder)):
                 manifest.remove(old)
+        return sum(entry["bytes"] for entry in files.values())
 
-    def _together(self, function) -> list:
-        """What ``function`` returned on each rank; if it raised on one, all ranks raise."""
-        failure = result = None
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
-        outcomes = self._gather((result, failure), self._group)
-        for _, failure in outcomes:
-            if failure is not None:
-                raise failure
+    def _each(self, function: Callable[[], Value]) -> list[Value]:
+        """What ``function`` returned on each rank, on rank 0; nothing on the others. If it raised on one, all ranks raise."""
+        outcomes: list[Any] = [None] * self.world.size if self.world.is_main else []
+        distributed.gather_object(_outcome(function), outcomes or None, dst=0, group=self._group)
+        self._raise_alike(next((failure for _, failure in outcomes if failure is not None), None))
         return [result for result, _ in outcomes]
 
-    def _gather(self, value, group) -> list:
-        values = [None] * self.world.size
-        distributed.all_gather_object(values, value, group=group)
-        return values
+    def _on_main(self, function: Callable[[], Value]) -> Value:
+        """What ``function`` returned on rank 0, on all ranks; if it raised, all ranks raise."""
+        result, failure = _outcome(function) if self.world.is_main else (None, None)
+        return self._raise_alike(failure, result)
+
+    def _raise_alike(self, failure: Exception | None, result: Any = None) -> Any:
+        said = [(result, failure)]
+        distributed.broadcast_object_list(said, src=0, group=self._group)
+        result, failure = said[0]
+        if failure is not None:
+            raise failure
+        return result
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What is saved."""
+
+    tensors: dict[str, torch.Tensor]
+    """This rank's part of each."""
+    numel: dict[str, int]
+    """Elements of each whole one."""
+    state: dict[str, Any]
+    of_rank: tuple[dict[int, Any], Any]
+    """States of this rank's lanes, and what it adds."""
+    metrics: dict[str, Any]
+    begin: float
+    """When the save began, by `time.perf_counter`."""
+
+
+def _outcome(function: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
 
 
 def _use_device(device: torch.device) -> None:
@@ -321,7 +348,7 @@ def _use_device(device: torch.device) -> None:
 
 
 def _room(folder: Path) -> str:
-    """torch may hide "No space left on device" behind a complaint about its own file format."""
+    """What else one wants to know when a file could not be written."""
     try:
         return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
     except OSError as error:

@@ -1,14 +1,13 @@
 """A checkpoint's weights in one process, without DeepSpeed: a tensor at a time. Tested by `tests/parts/test_export.py`."""
 
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import api, filesystem, state_dict_loader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megavlm.engine.older import METADATA, OlderShards
+from megavlm.engine.shards import Shards
 from megavlm.errors import MegavlmError
 from megavlm.runs.manifest import verify
 from megavlm.system.progress import progress
@@ -59,7 +58,7 @@ class CheckpointWeights:
                 " `megavlm checkpoint verify RUN` says which are intact"
             )
         self.path = path
-        self._reader = _Reader(path / "tensors")
+        self._shards = shards_of(path)
 
     def check(self, parameters: dict[str, torch.Size]) -> None:
         """Whether all parameters of a model are there.
@@ -70,34 +69,11 @@ class CheckpointWeights:
         Raises:
             DoesNotFit: If one is not, or has another size.
         """
-        check_modules(self.path, [f"value/{name}" for name in parameters])
-        known = self._reader.metadata.state_dict_metadata
-        for name, shape in parameters.items():
-            there = known.get(f"value/{name}")
-            if not isinstance(there, TensorStorageMetadata):
-                raise DoesNotFit(self.path, f"it has no {name}")
-            if there.size.numel() != shape.numel():
-                raise DoesNotFit(self.path, f"{name} has {there.size.numel()} numbers, not {' x '.join(map(str, shape))}")
+        check_tensors(self.path, self._shards, {f"value/{name}": shape.numel() for name, shape in parameters.items()})
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """One of them, float32."""
-        flat = {f"value/{name}": torch.empty(shape.numel(), dtype=torch.float32)}
-        try:
-            state_dict_loader.load(flat, storage_reader=self._reader, no_dist=True)
-        except (ValueError, RuntimeError, KeyError, api.CheckpointException) as error:
-            raise DoesNotFit(self.path, in_short(error)) from error
-        return flat[f"value/{name}"].view(shape)
-
-
-class _Reader(filesystem.FileSystemReader):
-    """Reads the metadata once: they name every piece of every rank."""
-
-    @cached_property
-    def metadata(self) -> Metadata:
-        return super().read_metadata()
-
-    def read_metadata(self, *_args, **_named) -> Metadata:
-        return self.metadata
+        return self._shards.read(f"value/{name}", 0, shape.numel()).float().view(shape)
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
@@ -115,21 +91,29 @@ def load_weights(path: Path, module: nn.Module) -> None:
             parameter.copy_(weights.read(name, parameter.shape))
 
 
-def check_modules(path: Path, tensors: Iterable[str]) -> None:
-    """Whether a checkpoint holds all modules of a model.
+def shards_of(path: Path) -> Shards | OlderShards:
+    """The tensors of a complete checkpoint."""
+    folder = path / "tensors"
+    return OlderShards(folder) if (folder / METADATA).exists() else Shards(folder)
+
+
+def check_tensors(path: Path, shards: Shards | OlderShards, wanted: Mapping[str, int]) -> None:
+    """Whether a checkpoint holds all tensors of a model.
+
+    Args:
+        path: The checkpoint.
+        shards: Its tensors.
+        wanted: Their numbers of elements.
 
     Raises:
-        DoesNotFit: Naming those that it lacks, and what needs them.
+        DoesNotFit: Naming a tensor that it lacks, or the modules and what needs them; or one that has another size.
     """
-    known = filesystem.FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
-    lacking = sorted({name.removeprefix("value/") for name in tensors if name.startswith("value/") and name not in known})
+    lacking = sorted({name.partition("/")[2] for name in wanted if name not in shards.numel})
     for kind, words in MODULES_OF.items():
         if names := [name for name in lacking if name.startswith(f"{kind}.")]:
             raise DoesNotFit(path, f"it has no {words} ({', '.join(names)}); `init_from` in a new run takes over all the rest")
-
-
-def in_short(error: BaseException) -> str:
-    """The innermost cause: torch wraps what happened on the ranks into tracebacks."""
-    if failures := getattr(error, "failures", None):
-        error = next(iter(failures.values()))[0]
-    return f"{type(error).__name__}: {error}"
+    if lacking:
+        raise DoesNotFit(path, f"it has no {lacking[0]}")
+    for name, numel in wanted.items():
+        if shards.numel[name] != numel:
+            raise DoesNotFit(path, f"{name} has {shards.numel[name]} numbers, not {numel}")

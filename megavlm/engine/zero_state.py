@@ -1,7 +1,6 @@
-"""A ZeRO-3 engine's state as flat tensors sharded over the ranks, by name; out of the engine and back into it.
+"""A ZeRO-3 engine's state as flat tensors divided over the ranks, by name; out of the engine and back into it.
 
-Every parameter is stored flat, sharded by ZeRO-3's own rule (ceil(numel / world size) elements per rank), which is
-also the rule of a DTensor with ``Shard(0)``; that is what lets another world size read it. Names:
+Every tensor is flat, and divided as `megavlm.engine.shards` says. Names:
 
     value/NAME         float32 master of a parameter (the value itself, if it is frozen)
     exp_avg/NAME       Adam's first moment
@@ -9,6 +8,8 @@ also the rule of a DTensor with ``Shard(0)``; that is what lets another world si
 
 Tested by `tests/engine/test_checkpoint.py`.
 """
+
+from collections.abc import Callable
 
 import torch
 from deepspeed.utils import (
@@ -18,8 +19,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from megavlm.engine.protocol import Engine, ZeroParameter
 from megavlm.errors import MegavlmError
@@ -28,59 +27,57 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Staging:
-    """Host memory in which a copy of this rank's shards waits to be written; made once, used for every save.
+    """Host memory in which a copy of this rank's parts waits to be written; made once, used for every save.
 
     Args:
         rank: This process.
-        mesh: A mesh of all processes, on the CPU.
     """
 
-    def __init__(self, rank: int, mesh: DeviceMesh):
+    def __init__(self, rank: int):
         self.rank = rank
-        self.mesh = mesh
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def copy_from(self, engine: Engine) -> dict[str, DTensor]:
-        """Copy the engine's shards; when this returns, training may go on and change them."""
+    def copy_from(self, engine: Engine) -> dict[str, torch.Tensor]:
+        """Copy the engine's parts; when this returns, training may go on and change them."""
         create_missing_optimizer_state(engine)
-        copies, on_cuda = {}, False
+        on_cuda = False
         for name, parameter in engine.module.named_parameters():
+            begin, end = _bounds(self.rank, parameter)
             for key, partition in _partitions(name, parameter).items():
-                local = partition.detach().flatten()[: _local_size(self.rank, parameter)]
+                local = partition.detach().flatten()[: end - begin]
                 if key not in self._buffers:
                     # page-locked memory lets the copies of all tensors run without waiting for each other
                     self._buffers[key] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
                 self._buffers[key].copy_(local, non_blocking=True)
                 on_cuda |= local.is_cuda
-                copies[key] = self._sharded(self._buffers[key], parameter)
         if on_cuda:
             torch.cuda.current_stream().synchronize()
-        return copies
-
-    def empty_like(self, engine: Engine) -> dict[str, DTensor]:
-        """Tensors to load into, of this world's shapes."""
-        return {
-            key: self._sharded(torch.zeros(_local_size(self.rank, parameter), dtype=partition.dtype), parameter)
-            for name, parameter in engine.module.named_parameters()
-            for key, partition in _partitions(name, parameter).items()
-        }
-
-    def _sharded(self, local: torch.Tensor, parameter: ZeroParameter) -> DTensor:
-        shape = torch.Size([parameter.ds_numel])
-        return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,))
+        return self._buffers
 
 
-def install(tensors: dict[str, DTensor], engine: Engine) -> None:
-    """Put loaded shards into the engine: masters, moments, and the weights that the forward pass reads."""
+def numel_of(engine: Engine) -> dict[str, int]:
+    """Elements of each tensor of the state, by name."""
+    return {key: parameter.ds_numel for name, parameter in engine.module.named_parameters() for key in _keys(name, parameter)}
+
+
+def install(read: Callable[[str, int, int], torch.Tensor], engine: Engine, rank: int) -> None:
+    """Put a saved state into the engine, a tensor at a time: masters, moments, and the weights that the forward pass reads.
+
+    Args:
+        read: Gives the elements from one number to another, exclusive, of a tensor.
+        engine: The DeepSpeed engine.
+        rank: This process.
+    """
     for name, parameter in engine.module.named_parameters():
+        parts = {key: _padded(read(key, *_bounds(rank, parameter)), parameter) for key in _keys(name, parameter)}
         # the padding of the last partition is not stored; it takes no part in anything
-        value = _padded(tensors[f"value/{name}"], parameter)
+        value = parts[f"value/{name}"]
         if not parameter.requires_grad:
             parameter.ds_tensor.data.copy_(value)
             continue
         safe_set_local_fp32_param(parameter, value)
         for moment in MOMENTS:
-            safe_set_local_optimizer_state(parameter, _padded(tensors[f"{moment}/{name}"], parameter), moment)
+            safe_set_local_optimizer_state(parameter, parts[f"{moment}/{name}"], moment)
     zero = engine.optimizer
     for working, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat):
         working.data.copy_(master.data)
@@ -133,6 +130,10 @@ def _group_name(zero, sub_group: int) -> str:
     return zero.optimizer.param_groups[zero.sub_group_to_group_id[sub_group]]["name"]
 
 
+def _keys(name: str, parameter: ZeroParameter) -> list[str]:
+    return [f"{kind}/{name}" for kind in (("value", *MOMENTS) if parameter.requires_grad else ("value",))]
+
+
 def _partitions(name: str, parameter: ZeroParameter) -> dict[str, torch.Tensor]:
     if not parameter.requires_grad:
         return {f"value/{name}": parameter.ds_tensor}
@@ -140,12 +141,11 @@ def _partitions(name: str, parameter: ZeroParameter) -> dict[str, torch.Tensor]:
     return {f"value/{name}": safe_get_local_fp32_param(parameter)} | moments
 
 
-def _local_size(rank: int, parameter: ZeroParameter) -> int:
+def _bounds(rank: int, parameter: ZeroParameter) -> tuple[int, int]:
+    """First and last element, exclusive, of this rank's part."""
     partition = parameter.ds_tensor.numel()
-    return max(0, min(partition, parameter.ds_numel - rank * partition))
+    return min(rank * partition, parameter.ds_numel), min((rank + 1) * partition, parameter.ds_numel)
 
 
-def _padded(tensor: DTensor, parameter: ZeroParameter) -> torch.Tensor:
-    local = tensor.to_local()
-    padded = nn.functional.pad(local, (0, parameter.ds_tensor.numel() - local.numel()))
-    return padded.to(parameter.ds_tensor.device)
+def _padded(part: torch.Tensor, parameter: ZeroParameter) -> torch.Tensor:
+    return nn.functional.pad(part, (0, parameter.ds_tensor.numel() - part.numel())).to(parameter.ds_tensor.device)

@@ -118,7 +118,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         make = partial(parts.make_backbone, compiled=config.model.compiled_on(device.type))
         backbone = make_partitioned(make, document, bfloat16=bfloat16, device=device)
-        if config.init_from and not any(self.world.gather(checkpoints_in(self.folder.checkpoints))):
+        if config.init_from and not self.world.on_main(partial(checkpoints_in, self.folder.checkpoints)):
             load_initial_weights(config.init_from, backbone.causal_lm, parts.vocabulary, self.world)
         leaf_modules = config.engine.has_leaf_modules(device.type)
         return start_engine(backbone, self.guard, config.optimizer, document, leaf_modules=leaf_modules)

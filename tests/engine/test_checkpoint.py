@@ -64,7 +64,7 @@ def test_a_save_that_was_cut_off_is_invisible(trained, tmp_path):
 def test_a_damaged_checkpoint_is_refused_and_the_newest_intact_one_is_taken(trained, tmp_path, caplog):
     """Whichever file it is; and nothing is left if all are damaged."""
     run, config, _ = trained
-    for number, name in enumerate(["manifest.json", "state.json", "tensors/.metadata", "tensors/__1_0.distcp"]):
+    for number, name in enumerate(["manifest.json", "state.json", "tensors/layout.json", "tensors/rank-00001.safetensors"]):
         copy = tmp_path / f"run-{number}"
         shutil.copytree(run, copy)
         flip(complete_checkpoints(copy / "checkpoints")[-1] / name)
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_newest_intact_one_is_taken(trai
         else:
             flip(copy / "checkpoints" / "step-00000002" / name)
             for _ in range(2):  # the second start does not begin at step 0 either
-                with pytest.raises(AssertionError, match="every checkpoint of this run is damaged(.|\n)*__1_0.distcp has another"):
+                with pytest.raises(AssertionError, match="every checkpoint of this run is damaged(.|\n)*rank-00001\\S* has another"):
                     run_ranks(1, train, here, 6)
 
 
@@ -197,7 +197,7 @@ def test_a_failing_write_is_told_and_the_run_goes_on(make_config, tmp_path, worl
     for result in results:
         assert [saved.step for saved in result["saves"]] == [1, 2, 3]
         assert [bool(saved.error) for saved in result["saves"]] == [False, True, False]
-        assert re.search(r"(File too large|unexpected pos).* MB are free there", result["saves"][1].error)
+        assert re.search(r"File too large.* MB are free there", result["saves"][1].error)
     assert "step 2 could not be written" in results[0]["log"] and "newest complete one is step-00000001" in results[0]["log"]
     checkpoints = complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in checkpoints] == ["step-00000001", "step-00000003"]
