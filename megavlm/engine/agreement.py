@@ -1,13 +1,14 @@
 """Wishes from outside, turned into one decision of all ranks between micro-batches.
 
-    touch RUN/save    save at the end of the step, and go on
+    touch RUN/save    save at the end of the step or the next, and go on
     touch RUN/stop    save and end with `Exit.STOPPED`
     signals, clock    see `megavlm.engine.signals`
 
 A signal may reach one process only, or each at another moment. So a handler merely notes it, and before every micro-batch
-the ranks agree on the strongest wish that any of them has, in one small all-reduce over host memory that waits for no GPU.
+the ranks agree on the strongest wish that any of them has, in one small all-reduce over host memory that waits for no GPU. It is begun
+one micro-batch ahead, so that nobody waits for it either: a wish is granted before the micro-batch after the next.
 
-Tested by `tests/distributed/test_faults.py`.
+Tested by `tests/engine/test_agreement.py` and `tests/distributed/test_faults.py`.
 """
 
 import logging
@@ -47,27 +48,36 @@ class Wishes:
         self._stop_wished = Wish.NOTHING
         self._looked_s = 0.0
         self._save_wished = False
+        self._asked: Callable[[], torch.Tensor] | None = None
 
     def agree(self, step_ends: bool) -> Wish:
-        """The strongest wish of any rank. Called by all ranks together.
+        """The strongest wish that any rank had at the call before this one. Called by all ranks together.
 
         Args:
             step_ends: Whether an optimizer step has just been taken; ``SAVE`` is kept until then.
         """
-        if self.world.is_main:
-            self._look()
-        agreed = self.world.agree(torch.tensor([max(signals.noted(), self._stop_wished), int(self._save_wished)]))
-        if agreed[0]:
-            return Wish(int(agreed[0]))
-        if step_ends and agreed[1]:
+        stop_wished, save_wished = (self._asked or self._ask())().tolist()
+        saves = bool(step_ends and save_wished and not stop_wished)
+        if saves:
             self._save_wished = False
-            return Wish.SAVE
-        return Wish.NOTHING
+        self._asked = self._ask()
+        return Wish.SAVE if saves else Wish(stop_wished)
+
+    def close(self) -> None:
+        """Wait for what is under way: nobody leaves the group with a question open. Called by all ranks together."""
+        if self._asked:
+            self._asked()
+        self._asked = None
 
     @property
     def left_s(self) -> float | None:
         """Seconds until the job is killed, if known."""
         return None if self.end_time_s is None else self.end_time_s - time.time()
+
+    def _ask(self) -> Callable[[], torch.Tensor]:
+        if self.world.is_main:
+            self._look()
+        return self.world.ask(torch.tensor([max(signals.noted(), self._stop_wished), int(self._save_wished)]))
 
     def _look(self) -> None:
         now_s = time.monotonic()

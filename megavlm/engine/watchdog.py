@@ -9,9 +9,10 @@
 
 The next start renames the folder of the step: a number is added.
 
-A rank hangs, the others wait for it: whoever notices first leaves a note in the run folder, and all ranks write. If
-some cannot, because they are stopped or dead, that too is in the report. The collectives' own timeouts come later than all that:
-they would end the run without a word.
+A rank hangs, the others wait for it: whoever notices first leaves a note in the run folder, and all ranks write. They look for it once
+half of their budget is over, for all are in the same step and have nearly the same budget: steps that are well cost the file system
+nothing, however many ranks there are. If some cannot write, because they are stopped or dead, that too is in the report. The collectives'
+own timeouts come later than all that: they would end the run without a word.
 """
 
 import faulthandler
@@ -41,6 +42,8 @@ GRACE_S = 5.0
 STUCK_S = 15.0
 """So long after its budget a rank whose watchdog cannot run is ended: the others have spoken by then."""
 LEAST_BUDGET_S = 60.0
+LOOKS_AFTER = 0.5
+"""So much of its budget a step has taken when a rank begins to look for another's note."""
 SHARE_OF_TIMEOUT = 0.8
 """A budget is at most this much of the time that a collective may take."""
 
@@ -142,8 +145,8 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):
             here = self.folder / f"step-{self._step + 1:08d}"
-            late_s = time.monotonic() - self._step_begin_s - self._budget_s
-            if late_s > 0 or (here / "noticed").exists():
+            share = (time.monotonic() - self._step_begin_s) / self._budget_s
+            if share > 1 or (share > LOOKS_AFTER and (here / "noticed").exists()):
                 self._report(here)
                 return
 

@@ -45,10 +45,16 @@ class World:
         distributed.all_reduce(total, group=_host_group)
         return total
 
-    def agree(self, values: torch.Tensor) -> torch.Tensor:
-        """The largest of each host value over all ranks, in place; likewise."""
-        distributed.all_reduce(values, distributed.ReduceOp.MAX, group=_host_group)
-        return values
+    def ask(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to find out the largest of each host value over all ranks; likewise. What is returned waits for the answer."""
+        work = distributed.all_reduce(values, distributed.ReduceOp.MAX, group=_host_group, async_op=True)
+        assert work is not None  # it is asynchronous
+
+        def answer() -> torch.Tensor:
+            work.wait()
+            return values
+
+        return answer
 
     def to_device(self, values: torch.Tensor) -> torch.Tensor:
         """Host values on the device, which the host does not wait for."""

@@ -287,6 +287,7 @@ class Trainer:
 
     def _close(self) -> None:
         gc.enable()
+        self.wishes.close()
         self.watchdog.stop()
         self.loader.close()
         self.board.close()
@@ -317,8 +318,8 @@ class Trainer:
             )
 
     def _needed_s(self) -> float:
-        """From now to a complete checkpoint: one under way, one more, the micro-batch being run."""
-        return 2 * self.checkpointer.expected_s + self.watchdog.slowest_step_s + self.parts.config.engine.stop_margin_s
+        """From now to a complete checkpoint: one under way, one more, and the two micro-batches until the ranks agree."""
+        return 2 * (self.checkpointer.expected_s + self.watchdog.slowest_step_s) + self.parts.config.engine.stop_margin_s
 
     def _seed_modules(self, pack: Pack) -> None:
         """Dropout and the like depend on the pack, not on which rank has it."""

@@ -54,7 +54,7 @@ def test_the_thread_of_the_checkpoint_uses_the_device_of_its_rank(make_config, t
 
 def sums(world) -> tuple:
     total = world.sum([world.rank + 1.0, 0.5])
-    return total.tolist(), str(total.device), world.agree(torch.tensor([world.rank, -world.rank])).tolist()
+    return total.tolist(), str(total.device), world.ask(torch.tensor([world.rank, -world.rank]))().tolist()
 
 
 def test_sums_and_agreements_over_host_memory():

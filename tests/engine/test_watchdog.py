@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megavlm.engine.guard import FaultConfig
-from megavlm.engine.watchdog import GRACE_S, Watchdog, describe_hang
+from megavlm.engine.watchdog import GRACE_S, POLL_S, Watchdog, describe_hang
 from megavlm.engine.zero import EngineConfig
 from megavlm.runs.exits import Exit, LastWord
 
@@ -52,6 +52,9 @@ def test_one_that_notices_makes_all_write(tmp_path):
     here = tmp_path / "hangs" / "step-00000001"
     here.mkdir()
     (here / "noticed").touch()
+    dog._thread.join(3 * POLL_S)
+    assert codes == [], "a step that has hardly begun is not looked after: hundreds of ranks would ask the file system all the time"
+    dog._step_begin_s -= 60  # of a budget of 100
     dog._thread.join(60)
     dog.stop()
     assert codes == [Exit.HUNG] and (here / "rank-1.txt").stat().st_size > 100
