@@ -120,8 +120,7 @@ class Trainer:
         backbone = make_partitioned(make, document, bfloat16=bfloat16, device=device)
         if config.init_from and not self.world.on_main(partial(checkpoints_in, self.folder.checkpoints)):
             load_initial_weights(config.init_from, backbone.causal_lm, parts.vocabulary, self.world)
-        leaf_modules = config.engine.has_leaf_modules(device.type)
-        return start_engine(backbone, self.guard, config.optimizer, document, leaf_modules=leaf_modules)
+        return start_engine(backbone, self.guard, config.optimizer, document, leaf_modules=config.engine.has_leaf_modules(device.type))
 
     def _restore(self) -> None:
         """Go on from the newest intact checkpoint, if there is one."""
@@ -341,8 +340,7 @@ class Trainer:
         values = self.meters.report()
         times, remarks = self.stragglers.report()
         values |= times | utilisation(values, self.peak_tflops and self.peak_tflops * self.world.size)
-        values["optimizer/learning_rate"] = self.learning_rate
-        values["optimizer/gradient_norm"] = gradient_norm
+        values |= {"optimizer/learning_rate": self.learning_rate, "optimizer/gradient_norm": gradient_norm}
         values["routing/phase"] = 1 + self.parts.phases.number(step)
         values["faults/skipped_steps"] = self.guard.num_skipped
         counts = self.world.sum(np.array([sum(state["counts"][name] for state in self.states.values()) for name in COUNTS]))
