@@ -4,6 +4,7 @@ A multiplication and an addition count as two. Causal attention over L tokens is
 what fused kernels execute. Norms, activations and rotary embeddings are left out: they are below a percent.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import ArrayLike
 BACKWARD_FACTOR = 2
 """The backward pass multiplies by each matrix twice: once for the inputs' gradient, once for the weights'."""
 
-PLAIN_MLP = ("apertus", "arcee", "jais2", "starcoder2")
+PLAIN_MLP = ("apertus", "arcee", "jais2", "nemotron", "phi", "starcoder2")
 """Families whose MLP has no gate; megavlm.model.proof counts the weights of all others too."""
 
 
@@ -38,6 +39,8 @@ class ModelShape:
     """MLPs of this width in a layer, and rows of the router before them; 0 without experts."""
     active_experts: int = 1
     """MLPs that a token passes."""
+    windows: tuple[int | None, ...] = ()
+    """Of each layer, how many tokens a query sees; None is all before it. Empty if no layer has a sliding window."""
 
     @classmethod
     def of(cls, config) -> "ModelShape":
@@ -54,6 +57,7 @@ class ModelShape:
             mlp_matrices=2 if config.model_type in PLAIN_MLP else 3,
             num_experts=experts,
             active_experts=config.num_experts_per_tok if experts else 1,
+            windows=_windows(config),
         )
 
     @property
@@ -68,6 +72,20 @@ class ModelShape:
     def layer_flops_per_square(self) -> int:
         """``b``: forward FLOPs of one layer per L² of a sequence of L tokens (scores and weighted sum)."""
         return 2 * self.num_heads * self.head_width
+
+    def unseen_flops(self, attended_s: np.ndarray, bounds: Sequence[tuple[int, int]], bias_columns: ArrayLike = 0) -> np.ndarray:
+        """Forward FLOPs that sliding windows save in each stage: they see ``(L - window)² / 2`` pairs less.
+
+        Args:
+            attended_s: L in each stage.
+            bounds: First and end layer of each.
+            bias_columns: Columns that attention adds to carry a bias per key, in each.
+        """
+        beyond_s = [
+            sum(max(0.0, attended - window) ** 2 for window in self.windows[first:end] if window is not None)
+            for attended, (first, end) in zip(attended_s, bounds)
+        ]
+        return self.layer_flops_per_square * (1 + np.asarray(bias_columns) / self.head_width) * np.array(beyond_s)
 
     @property
     def injection_flops_per_token(self) -> int:
@@ -92,3 +110,12 @@ class ModelShape:
         injected = self.injection_flops_per_token * (attended - active)
         square = self.layer_flops_per_square * (1 + np.asarray(bias_columns) / self.head_width)
         return self.layer_flops_per_token * active + injected + square * attended**2
+
+
+def _windows(config) -> tuple[int | None, ...]:
+    """Sliding windows of a `transformers` text configuration."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return ()
+    slides = [True] * config.num_hidden_layers if kinds is None else [kind == "sliding_attention" for kind in kinds]
+    return tuple(window if is_sliding else None for is_sliding in slides) if any(slides) else ()

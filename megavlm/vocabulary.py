@@ -5,7 +5,7 @@
     the rest                       the image tokenizer's codebook
 
 The text of a pretrained backbone keeps its ids. Its rows may be more than its tokenizer has pieces (they are padded for speed): they are
-counted as its ``config.json`` says.
+counted as its ``config.json`` says. A model that draws already keeps all of its ids (`TrainedIds`).
 """
 
 import io
@@ -13,11 +13,12 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import sentencepiece
 import tokenizers
+from pydantic import Field
 
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.image_tokenizers.build import ImageTokenizerConfig
@@ -28,6 +29,24 @@ from megavlm.system.files import copy_atomically, write_atomically
 log = logging.getLogger(__name__)
 
 
+class TrainedIds(Settings):
+    """The ids of a pretrained model that reads and draws image codes already, such as Liquid: its tokenizer has special tokens for images
+    among the text, and codes follow each other in its embedding."""
+
+    first_code: Annotated[int, Field(ge=1, lt=2**31)]
+    """Id of image code 0."""
+    bos: str = "<bos>"
+    """Name that the tokenizer has for the beginning of a sample."""
+    eos: str = "<eos>"
+    """Its name for the end."""
+    boi: str = "<boi>"
+    """Its name for the beginning of an image."""
+    eoi: str = "<eoi>"
+    """Its name for the end of an image."""
+    unconditional: str = "<unconditional>"
+    """Its name for what stands in place of a prompt, for guidance."""
+
+
 class VocabularyConfig(Settings):
     """What ids mean: text pieces, special tokens, image codes."""
 
@@ -35,6 +54,8 @@ class VocabularyConfig(Settings):
     """Path of a SentencePiece model, or of a Hugging Face folder with `tokenizer.json`; a copy is kept in the run folder."""
     image_tokenizer: ImageTokenizerConfig = PixelTokenizerConfig()
     """How images become codes."""
+    trained_ids: TrainedIds | None = None
+    """Where special tokens and codes lie in a model that draws already; `null` puts new rows for them behind the text's."""
 
 
 SPECIALS = ("<bos>", "<eos>", "<boi>", "<eoi>", "<unconditional>")
@@ -107,6 +128,19 @@ class HuggingFaceText:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def id_of(self, name: str) -> int:
+        """The id of a token.
+
+        Raises:
+            ConfigError: If there is none of this name.
+        """
+        found = self._tokenizer.token_to_id(name)
+        if found is None:
+            raise ConfigError(
+                f"vocabulary.trained_ids: the tokenizer has no token {name!r}\n  do:    give the name that the model was trained with"
+            )
+        return found
+
     def to_json(self) -> str:
         """As the contents of a ``tokenizer.json``."""
         return self._tokenizer.to_str()
@@ -163,16 +197,30 @@ class Vocabulary:
     Args:
         text_model: Path of a SentencePiece model, or of a Hugging Face folder.
         codebook_size: Number of codes of the image tokenizer.
+        trained_ids: Of a model that draws already.
+
+    Raises:
+        ConfigError: If there is no text model, or it has no such ids.
     """
 
-    def __init__(self, text_model: str | Path, codebook_size: int):
+    def __init__(self, text_model: str | Path, codebook_size: int, trained_ids: TrainedIds | None = None):
         self.text_model = Path(text_model)
         self.text = load_text_tokenizer(text_model)
-        self.num_text = self.text.num_text
         self.codebook_size = codebook_size
-        self.bos, self.eos, self.boi, self.eoi, self.unconditional = (self.num_text + i for i in range(len(SPECIALS)))
-        self.first_code = self.num_text + len(SPECIALS)
-        self.size = self.first_code + codebook_size
+        num_rows = self.text.num_text
+        self.num_text = num_rows if trained_ids is None else trained_ids.first_code
+        """Text lies below, and special tokens of a model that draws already."""
+        self.specials = _new_ids(num_rows) if trained_ids is None else _known_ids(self.text, trained_ids)
+        """Names of `SPECIALS` and their ids."""
+        self.bos, self.eos, self.boi, self.eoi, self.unconditional = self.specials.values()
+        self.first_code = num_rows + len(SPECIALS) if trained_ids is None else trained_ids.first_code
+        self.end_code = self.first_code + codebook_size
+        """One above the last code."""
+        self.size = max(num_rows, self.end_code)
+
+    def is_text(self, ids: np.ndarray) -> np.ndarray:
+        """Which of some ids are text."""
+        return (ids < self.num_text) & ~np.isin(ids, list(self.specials.values()))
 
     def encode_text(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -180,7 +228,8 @@ class Vocabulary:
 
     def decode_text(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens and image codes are left out."""
-        return self.text.decode([int(i) for i in ids if i < self.num_text])
+        ids = np.fromiter(ids, np.int64)
+        return self.text.decode(ids[self.is_text(ids)].tolist())
 
     def encode_image(self, codes_hw: np.ndarray) -> np.ndarray:
         """Codebook indices ``[h, w]`` to token ids ``[1 + h*w + 1]``: ``<boi>``, the codes in raster order, ``<eoi>``."""
@@ -192,6 +241,32 @@ class Vocabulary:
     def decode_codes(self, ids: np.ndarray) -> np.ndarray:
         """Token ids of image codes, of any shape, to codebook indices."""
         return np.asarray(ids) - self.first_code
+
+
+def _new_ids(num_rows: int) -> dict[str, int]:
+    return {name: num_rows + i for i, name in enumerate(SPECIALS)}
+
+
+def _known_ids(text: TextTokenizer, trained: TrainedIds) -> dict[str, int]:
+    """The ids of special tokens that a tokenizer has already."""
+    if not isinstance(text, HuggingFaceText):
+        raise ConfigError(
+            "vocabulary.trained_ids: vocabulary.text_model is no Hugging Face folder\n"
+            "  do:    give that of the model, or leave trained_ids out"
+        )
+    if trained.first_code > text.num_text:
+        raise ConfigError(
+            f"vocabulary.trained_ids: first_code ({trained.first_code}) lies behind the model's {text.num_text} rows\n"
+            "  do:    give the id that image code 0 has in the model's embedding"
+        )
+    named = {name: getattr(trained, name.strip("<>")) for name in SPECIALS}
+    ids = {name: text.id_of(of_model) for name, of_model in named.items()}
+    if above := [named[name] for name, i in ids.items() if i >= trained.first_code]:
+        raise ConfigError(
+            f"vocabulary.trained_ids: {', '.join(above)} lies at first_code ({trained.first_code}) or above\n"
+            "  do:    give the id that image code 0 has in the model's embedding"
+        )
+    return ids
 
 
 SENTENCE_BYTES = 4192

@@ -10,7 +10,7 @@ layer's kernel gets; never the full matrix. The forward pass itself does not cha
 
 The statistics are kept per layer, key/value head (mean over the query heads that share it), task and kind of query: the share of attention
 on text, image, special and sink tokens; its entropy in nats; and the effective number of image tokens, which is exp of the entropy of the
-attention restricted to image tokens, over the rows that can see one.
+attention restricted to image tokens, over the rows with one before them (0 where a sliding window hides them all).
 
 Letters: L layers (or keys of a row), G key/value heads, h query heads of one, Q rows looked at, U active tokens and guests in order,
 C cells (task, kind of query), X statistics, R guests.
@@ -26,7 +26,7 @@ import torch
 from megavlm.analysis.rows import IMAGE, KINDS, NUM_CELLS, QUERIES, StageRows, sample_rows
 from megavlm.costs import ModelShape
 from megavlm.data.pack.pack import Pack
-from megavlm.model.attention import Context, placed
+from megavlm.model.attention import Context, Scoring, placed
 from megavlm.model.backbone import Backbone
 from megavlm.randomness import Purpose, stream
 from megavlm.routing.tasks import TASKS
@@ -82,7 +82,7 @@ class AttentionWatch:
         stages = sample_rows(pack, self.vocabulary, self.num_rows, self.num_sequences, rng=rng)
         on_device, seen = {}, set()
 
-        def observe(layer, _active, q_KHd, k_KHd, _v, scale, context):  # noqa: PLR0917 (called by place, as the backbone calls observers)
+        def observe(layer, _active, q_KHd, k_KHd, _v, scoring, context):  # noqa: PLR0917 (called by place, as the backbone calls observers)
             if layer in seen:  # computed again for the backward pass
                 return
             seen.add(layer)
@@ -90,7 +90,7 @@ class AttentionWatch:
                 stage = next(stage for stage in stages if layer in stage.layers)
                 on_device.update(dict.fromkeys(stage.layers, stage.to(q_KHd.device)))
             with torch.no_grad():
-                self._sums(q_KHd.device)[layer] += _layer_sums(on_device[layer], q_KHd, k_KHd, scale, context=context)
+                self._sums(q_KHd.device)[layer] += _layer_sums(on_device[layer], q_KHd, k_KHd, scoring, context=context)
 
         backbone.observe = observe
         try:
@@ -132,7 +132,7 @@ class AttentionWatch:
         return self._sums_LGCX
 
 
-def _layer_sums(rows: StageRows, q_KHd, k_KHd, scale: float, *, context: Context) -> torch.Tensor:
+def _layer_sums(rows: StageRows, q_KHd, k_KHd, scoring: Scoring, *, context: Context) -> torch.Tensor:
     """Sums of the statistics over the rows looked at: float32 ``[G, C, X]``, G key/value heads."""
     bias_U, guests = context.log_sizes_K, context.guests
     if guests is not None:
@@ -143,11 +143,12 @@ def _layer_sums(rows: StageRows, q_KHd, k_KHd, scale: float, *, context: Context
     for sequence in rows.sequences:
         here = slice(sequence.first, sequence.end)
         q_QGhd = q_KHd.index_select(0, sequence.queries_Q).float().unflatten(1, (num_groups, -1))
-        scores_GhQL = torch.einsum("qghd,lgd->ghql", q_QGhd, k_KHd[here].float()) * scale
+        scores_GhQL = torch.einsum("qghd,lgd->ghql", q_QGhd, k_KHd[here].float()) * scoring.scale
+        scores_GhQL = scoring.capped(scores_GhQL)
         if bias_U is not None:
             scores_GhQL = scores_GhQL + bias_U[here].float()
-        is_later_QL = torch.arange(sequence.end - sequence.first, device=q_KHd.device) > sequence.places_Q[:, None]
-        scores_GhQL = scores_GhQL.masked_fill(is_later_QL, -torch.inf)
+        places_L = torch.arange(sequence.end - sequence.first, device=q_KHd.device)
+        scores_GhQL = scores_GhQL.masked_fill(scoring.hides(sequence.places_Q, places_L), -torch.inf)
         stats_GQX = statistics(scores_GhQL, rows.kinds_U[here]).mean(1)
         sums_GCX.index_add_(1, sequence.cells_Q, stats_GQX)
     return sums_GCX

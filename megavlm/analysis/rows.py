@@ -28,7 +28,8 @@ NUM_CELLS = len(TASKS) * len(QUERIES)
 
 def token_kinds(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """The kind of each token id, sinks left out."""
-    return np.where(tokens < vocabulary.num_text, TEXT, np.where(tokens >= vocabulary.first_code, IMAGE, SPECIAL))
+    is_code = (tokens >= vocabulary.first_code) & (tokens < vocabulary.end_code)
+    return np.where(vocabulary.is_text(tokens), TEXT, np.where(is_code, IMAGE, SPECIAL))
 
 
 @dataclass

@@ -29,8 +29,6 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _best(config)
     if (late := max(config.profile.steps or [0])) > config.optimizer.num_steps:
         yield "profile.steps", f"there is no step {late} among {config.optimizer.num_steps} (optimizer.num_steps); leave it out"
-    if reason := config.model.outside_window(config.data.pack_tokens):
-        yield "model.architecture", reason
     weights = config.loss.task_weights
     if config.loss.balance_weight is not None and not config.model.has_experts:
         yield "loss.balance_weight", "this model.architecture has no experts to balance; leave it out"

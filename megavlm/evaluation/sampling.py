@@ -150,7 +150,7 @@ def _stream_batch(
     logits_BV, num_codes = torch.cat([decoder.start() for decoder in decoders]), tokenizer.height * tokenizer.width
     barred_PC = torch.from_numpy(tokenizer.barred()).to(device)
     for place in progress(range(num_codes), "draw images"):
-        logits_BC = logits_BV[:, vocabulary.first_code : vocabulary.size]
+        logits_BC = logits_BV[:, vocabulary.first_code : vocabulary.end_code]
         if guided:
             with_prompt, without = logits_BC.chunk(2)
             logits_BC = without + guidance * (with_prompt - without)
@@ -246,7 +246,7 @@ def stream_tokens(
     )
     logits_BV = decoder.start()
     goes_on = [True] * len(prompts)
-    is_text_V = torch.arange(logits_BV.shape[1], device=device) < vocabulary.num_text
+    is_text_V = torch.from_numpy(vocabulary.is_text(np.arange(logits_BV.shape[1]))).to(device)
     is_text_V[vocabulary.eos] = True
     for place in range(max_tokens):
         logits_BV = logits_BV.masked_fill(~is_text_V, -torch.inf)

@@ -18,6 +18,7 @@ from megavlm.data.read.sample import Sample
 from megavlm.evaluation.batches import BATCH_TOKENS, batches
 from megavlm.evaluation.sampling import answer
 from megavlm.model.backbone import Backbone
+from megavlm.model.ends import final_norm, logits_of
 from megavlm.routing.tasks import TASKS
 from megavlm.system.progress import progress
 
@@ -37,10 +38,10 @@ def sample_losses(
         batch = list(samples[rows])
         pack = build_pack(batch, costing, num_sources=1, lane=0, step=0, seed=0).to(device)
         h_TD, _ = backbone.hidden_states(pack)
-        h_MD = backbone.causal_lm.model.norm(h_TD[pack.rows_M])
+        h_MD = final_norm(backbone.causal_lm, h_TD[pack.rows_M])
         loss_M = torch.cat(
             [
-                functional.cross_entropy(backbone.causal_lm.lm_head(h).float(), targets, reduction="none")
+                functional.cross_entropy(logits_of(backbone.causal_lm, h).float(), targets, reduction="none")
                 for h, targets in zip(h_MD.split(CHUNK_ROWS), pack.targets_M.split(CHUNK_ROWS))
             ]
         )

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from megavlm.costs import num_experts
 from megavlm.model.configuration import read_configuration, read_folder
-from megavlm.model.families import active_window, read_exact
+from megavlm.model.families import read_exact
 from megavlm.model.fusion import PARTS, Part
 from megavlm.model.proof import VOCABULARY, prove
 from megavlm.model.sizes import check_numbers
@@ -54,7 +54,3 @@ class ModelConfig(Settings):
     def has_experts(self) -> bool:
         """Whether a token passes some of several MLPs in each layer."""
         return num_experts(read_configuration(self.architecture, VOCABULARY)) > 0
-
-    def outside_window(self, longest: int) -> str:
-        """Why sequences of up to ``longest`` tokens do not fit into the layers' sliding windows; empty if they do."""
-        return active_window(read_configuration(self.architecture, VOCABULARY), longest)

@@ -1,9 +1,11 @@
 """Causal attention inside packed sequences, registered with `transformers` as ``megavlm_varlen``.
 
 On CUDA in half precision it is torch's fused variable-length kernel; elsewhere scaled dot-product attention per sequence, which on
-a CPU beats padding and block masks. Both are tested against one dense masked reference.
+a CPU beats padding and block masks. Capped scores, which neither computes, are written out. All are tested against one dense masked
+reference.
 
-Letters: R guests, U active tokens and guests in order, M rows of sequences with merged tokens, O rows of the others, x columns of a bias.
+Letters: R guests, U active tokens and guests in order, M rows of sequences with merged tokens, O rows of the others, L rows of one
+sequence, x columns of a bias.
 """
 
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from megavlm.errors import ConfigError
+from megavlm.routing.gates import at_least_float32
 from megavlm.routing.plan import WIDEST_HEAD
 from megavlm.routing.route import BIAS_WIDTH, Sequences, Split
 from megavlm.routing.rows import take_rows
@@ -23,6 +26,27 @@ from megavlm.routing.rows import take_rows
 NAME = "megavlm_varlen"
 WITHOUT_EFFECT = ("position_ids", "use_cache")
 """Arguments of layers that their attention hands on to no end."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer makes its scores."""
+
+    scale: float
+    """Factor of the products of queries and keys."""
+    window: int | None = None
+    """A query sees so many rows of its sequence, itself and those before it; None is all. Rows that a route leaves out do not count."""
+    softcap: float | None = None
+    """Scores become ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv 2408.00118)."""
+
+    def capped(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores, softly capped where the layer does so."""
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def hides(self, queries_Q: torch.Tensor, keys_L: torch.Tensor) -> torch.Tensor:
+        """Which keys queries cannot see, by the places of both in their sequence ``[Q, L]``."""
+        back_QL = queries_Q[:, None] - keys_L
+        return back_QL < 0 if self.window is None else (back_QL < 0) | (back_QL >= self.window)
 
 
 @dataclass
@@ -51,12 +75,7 @@ class Context:
     split: Split | None = None
     """With ``log_sizes_K``, where not every sequence has merged tokens."""
     observe: Callable | None = None
-    """Called with queries, keys and values ``[K, heads, d]``, rotary embedding included, and the factor of the scores."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return self.sequences.max_seqlen
+    """Called with queries, keys and values ``[K, heads, d]``, rotary embedding included, and the layer's `Scoring`."""
 
 
 def packed_attention(
@@ -65,7 +84,7 @@ def packed_attention(
     v_THd: torch.Tensor,
     sequences: Sequences,
     *,
-    scale: float,
+    scoring: Scoring,
     bias_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention that never crosses a sequence.
@@ -75,21 +94,23 @@ def packed_attention(
         k_THd: Keys; each of their heads serves as many of the queries'.
         v_THd: Values, likewise.
         sequences: Boundaries; they cover all T rows.
-        scale: Factor of the scores.
+        scoring: How scores are made.
         bias_T: Added to the scores of each key.
 
     Returns:
         ``[T, H, d]``.
     """
+    if scoring.softcap is not None:
+        return _written_out(q_THd, k_THd, v_THd, sequences, scoring=scoring, bias_T=bias_T)
     width = q_THd.shape[2]
     if bias_T is not None:
         # one more product per score carries the bias through any kernel
         ones_THx, bias_THx = (functional.pad(torch.ones_like(x[..., :1]), (0, BIAS_WIDTH - 1)) for x in (q_THd, k_THd))
-        bias_THx = bias_THx * (bias_T / scale).to(k_THd.dtype)[:, None, None]
+        bias_THx = bias_THx * (bias_T / scoring.scale).to(k_THd.dtype)[:, None, None]
         q_THd, k_THd = torch.cat([q_THd, ones_THx], 2), torch.cat([k_THd, bias_THx], 2)
         v_THd = functional.pad(v_THd, (0, BIAS_WIDTH))
     attend = _fused if takes_fused(q_THd) else _per_sequence
-    return attend(q_THd, k_THd, v_THd, sequences, scale=scale)[..., :width]
+    return attend(q_THd, k_THd, v_THd, sequences, scoring=scoring)[..., :width]
 
 
 def takes_fused(q_THd: torch.Tensor) -> bool:
@@ -102,11 +123,12 @@ def fits_fused(head_width: int) -> bool:
     return head_width % 8 == 0 and head_width <= WIDEST_HEAD
 
 
-def _fused(q_THd, k_THd, v_THd, sequences: Sequences, *, scale: float) -> torch.Tensor:
+def _fused(q_THd, k_THd, v_THd, sequences: Sequences, *, scoring: Scoring) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn  # CPU builds of torch may lack it
 
     cu, longest = sequences.cu_seqlens, sequences.max_seqlen
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    before = -1 if scoring.window is None else scoring.window - 1
+    options: dict[str, Any] = {"scale": scoring.scale, "window_size": (before, 0)}
     if q_THd.shape[1] != k_THd.shape[1]:
         if "enable_gqa" in signature(varlen_attn).parameters:
             options["enable_gqa"] = True
@@ -122,24 +144,42 @@ def _repeated(q_THd, *keys_and_values: torch.Tensor) -> list[torch.Tensor]:
     return [x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in keys_and_values]
 
 
-def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, *, scale: float) -> torch.Tensor:
+def _per_sequence(q_THd, k_THd, v_THd, sequences: Sequences, *, scoring: Scoring) -> torch.Tensor:
     k_THd, v_THd = _repeated(q_THd, k_THd, v_THd)
     # split, not slices: its backward is one concatenation
     parts = (x.transpose(0, 1).split(sequences.lengths, dim=1) for x in (q_THd, k_THd, v_THd))
-    outputs = [
-        functional.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale)[0] for q, k, v in zip(*parts)
-    ]
+    outputs = []
+    for q, k, v in zip(*parts):
+        options: dict[str, Any] = {"is_causal": True}
+        if scoring.window is not None and scoring.window < q.shape[1]:
+            places_L = torch.arange(q.shape[1], device=q.device)
+            options = {"attn_mask": ~scoring.hides(places_L, places_L)}
+        outputs.append(functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=scoring.scale, **options)[0])
     return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+def _written_out(q_THd, k_THd, v_THd, sequences: Sequences, *, scoring: Scoring, bias_T: torch.Tensor | None) -> torch.Tensor:
+    """One sequence after the other, all of its scores at once. The bias is added to what is capped: a key of weight n counts n times."""
+    k_THd, v_THd = _repeated(q_THd, k_THd, v_THd)
+    bias_T = q_THd.new_zeros(len(q_THd)) if bias_T is None else bias_T
+    outputs = []
+    for q_LHd, k_LHd, v_LHd, bias_L in zip(*(x.split(sequences.lengths) for x in (q_THd, k_THd, v_THd, bias_T))):
+        places_L = torch.arange(len(q_LHd), device=q_LHd.device)
+        scores_HLL = scoring.capped(torch.einsum("qhd,khd->hqk", q_LHd, k_LHd) * scoring.scale) + bias_L.to(q_LHd.dtype)
+        weights_HLL = at_least_float32(scores_HLL.masked_fill(scoring.hides(places_L, places_L), -torch.inf)).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights_HLL.to(v_LHd.dtype), v_LHd))
+    return torch.cat(outputs)
 
 
 def _for_transformers(module, query, key, value, attention_mask, *, scaling, context, **asked):  # noqa: PLR0917 (transformers calls it by place)
     """The signature that `transformers` calls: ``[1, heads, T, d]`` in, ``[1, T, heads, d]`` out."""
-    _refuse(module, attention_mask, asked, context.longest)
+    scoring = Scoring(scaling, asked.pop("sliding_window", None), asked.pop("softcap", None))
+    _refuse(module, attention_mask, asked)
     q_KHd, k_KHd, v_KHd = (x[0].transpose(0, 1) for x in (query, key, value))
     if not isinstance(context, Context):  # decoding with a cache
-        return context.attend(q_KHd, k_KHd, v_KHd, scaling)[None], None
+        return context.attend(q_KHd, k_KHd, v_KHd, scoring)[None], None
     if context.observe is not None:
-        context.observe(q_KHd, k_KHd, v_KHd, scaling)
+        context.observe(q_KHd, k_KHd, v_KHd, scoring)
     sequences, guests, log_sizes_K = context.sequences, context.guests, context.log_sizes_K
     if guests is not None:
         # guests ask nothing: their queries are zeros, and what comes out for them is dropped
@@ -148,26 +188,21 @@ def _for_transformers(module, query, key, value, attention_mask, *, scaling, con
         sequences = guests.sequences
         log_sizes_K = None if log_sizes_K is None else placed(log_sizes_K, guests, None)
     if log_sizes_K is not None and context.split is not None:
-        out_KHd = _split_attention(q_KHd, k_KHd, v_KHd, context.split, scale=scaling, bias_U=log_sizes_K)
+        out_KHd = _split_attention(q_KHd, k_KHd, v_KHd, context.split, scoring=scoring, bias_U=log_sizes_K)
     else:
-        out_KHd = packed_attention(q_KHd, k_KHd, v_KHd, sequences, scale=scaling, bias_T=log_sizes_K)
+        out_KHd = packed_attention(q_KHd, k_KHd, v_KHd, sequences, scoring=scoring, bias_T=log_sizes_K)
     if guests is not None:
         out_KHd = take_rows(out_KHd, guests.place_K)
     return out_KHd[None], None
 
 
-def _refuse(module, attention_mask, asked: dict[str, Any], longest: int) -> None:
+def _refuse(module, attention_mask, asked: dict[str, Any]) -> None:
     """Nothing that a model asks of its attention is passed over.
 
     Raises:
         ConfigError: Naming what is not computed here.
     """
     wishes = {name: value for name, value in asked.items() if name not in WITHOUT_EFFECT and value is not None}
-    if (window := wishes.pop("sliding_window", None)) is not None and window < longest:
-        raise ConfigError(
-            f"{type(module).__name__} attends to a sliding window of {window} tokens, and a sequence has {longest}\n"
-            f"  do:    give sequences of {window} tokens at most, or set sliding_window to null in model.architecture"
-        )
     if wishes.get("dropout") == 0:
         del wishes["dropout"]
     if attention_mask is not None:
@@ -179,13 +214,13 @@ def _refuse(module, attention_mask, asked: dict[str, Any], longest: int) -> None
         )
 
 
-def _split_attention(q_UHd, k_UHd, v_UHd, split: Split, *, scale: float, bias_U: torch.Tensor) -> torch.Tensor:
+def _split_attention(q_UHd, k_UHd, v_UHd, split: Split, *, scoring: Scoring, bias_U: torch.Tensor) -> torch.Tensor:
     """Attention whose bias only those sequences carry that have one."""
     merged, others = split.merged_rows, split.other_rows
     q_MHd, k_MHd, v_MHd, bias_M = (take_rows(x, merged) for x in (q_UHd, k_UHd, v_UHd, bias_U))
-    with_bias = packed_attention(q_MHd, k_MHd, v_MHd, split.merged, scale=scale, bias_T=bias_M)
+    with_bias = packed_attention(q_MHd, k_MHd, v_MHd, split.merged, scoring=scoring, bias_T=bias_M)
     q_OHd, k_OHd, v_OHd = (take_rows(x, others) for x in (q_UHd, k_UHd, v_UHd))
-    without = packed_attention(q_OHd, k_OHd, v_OHd, split.others, scale=scale)
+    without = packed_attention(q_OHd, k_OHd, v_OHd, split.others, scoring=scoring)
     return take_rows(torch.cat([with_bias, without]), split.back_U)
 
 

@@ -27,6 +27,7 @@ from megavlm.data.pack.pack import Pack
 from megavlm.errors import ConfigError
 from megavlm.model import attention
 from megavlm.model.attention import Context, Guests
+from megavlm.model.ends import embed, final_norm, kind_of, logits_of, rotary_tables
 from megavlm.model.experts import RouterWatch, balance_losses, expert_blocks, implementation_for
 from megavlm.model.families import read_exact
 from megavlm.model.fusion import Part, fuse
@@ -114,9 +115,9 @@ class Backbone(nn.Module):
             return work(self)
         with self.routers.watching() as routers:
             h_TD, gate_loss = self.hidden_states(work, self.observe)
-        h_MD = self.causal_lm.model.norm(take_rows(h_TD, work.rows_M))
+        h_MD = final_norm(self.causal_lm, take_rows(h_TD, work.rows_M))
         sums_G = chunked_loss(
-            self.causal_lm.lm_head,
+            partial(logits_of, self.causal_lm),
             h_MD,
             work.targets_M,
             work.groups_M,
@@ -132,17 +133,18 @@ class Backbone(nn.Module):
         Args:
             pack: On the model's device.
             observe: Called in every layer, and again where a layer is recomputed, with its number, the active rows, their queries, keys
-                and values, the factor of the scores, and the layer's `Context`.
+                and values, the layer's `Scoring`, and its `Context`.
         """
         model = self.causal_lm.model
         model.config._attn_implementation = attention.NAME
         model.config._experts_implementation = implementation_for(model.embed_tokens.weight.dtype)
         embedding_TD = self._embed(pack)
-        cos_T, sin_T = (table[0] for table in model.rotary_emb(embedding_TD[None], pack.positions_T[None]))
+        tables = rotary_tables(model, embedding_TD, pack.positions_T)
         router = Router(pack.route, embedding_TD, self.gates)
         for stage in pack.route.stages:
             active = router.enter(stage)
-            x_KD, cos_K, sin_K = router.take(active, cos_T, sin_T)
+            x_KD, *taken = router.take(active, *(table for of_kind in tables.values() for table in of_kind))
+            rotary = dict(zip(tables, zip(taken[::2], taken[1::2])))
             context = Context(stage.sequences, split=stage.split)
             if router.log_sizes_T is not None:
                 (context.log_sizes_K,) = router.take(active, router.log_sizes_T)[1:]
@@ -150,6 +152,7 @@ class Backbone(nn.Module):
             for layer in range(stage.first_layer, stage.end_layer):
                 if places is not None:
                     context.guests = self._guests(stage, layer, places, embedding_TD)
+                cos_K, sin_K = rotary[kind_of(model, layer)]
                 is_watched = stage.is_watched and layer == stage.end_layer - 1
                 context.observe = None
                 if is_watched or observe:
@@ -163,7 +166,7 @@ class Backbone(nn.Module):
 
     def _embed(self, pack: Pack) -> torch.Tensor:
         """Embeddings of the tokens, or what the reader makes of the features in their place."""
-        embedding_TD = self.causal_lm.model.embed_tokens(pack.tokens_T)
+        embedding_TD = embed(self.causal_lm, pack.tokens_T)
         if self.reader is None:
             return embedding_TD
         # a pack without such images goes through the reader with no rows (P7)
@@ -208,12 +211,12 @@ def _places(stage: Stage, active: torch.Tensor | None, num_tokens: int) -> tuple
 def _observer(router: Router | None, observe: Callable | None, layer: int, active, *, without_places: Callable, context: Context):
     """What a layer's attention calls: tells the router, or whoever observes the forward pass, or both."""
 
-    def call(q_KHd, k_KHd, v_KHd, scale):
+    def call(q_KHd, k_KHd, v_KHd, scoring):
         if router is not None:
             groups = q_KHd.shape[1] // k_KHd.shape[1]
             q, k = without_places(q_KHd.detach(), k_KHd.detach())
             router.watch(active, q, k.repeat_interleave(groups, dim=1))
         if observe is not None:
-            observe(layer, active, q_KHd, k_KHd, v_KHd, scale, context)
+            observe(layer, active, q_KHd, k_KHd, v_KHd, scoring, context)
 
     return call

@@ -19,7 +19,7 @@ REPLACED = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that the run's own vocabulary replaces."""
 ABOUT_THE_FILE = ("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map", "attn_implementation")
 """Fields that say nothing about the layers."""
-ROTARY_FIELDS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+ROTARY_FIELDS = ("rope_theta", "rope_local_base_freq", "rope_scaling", "partial_rotary_factor")
 """Where older files say what `rope_parameters` says now."""
 ROTARY_PARAMETERS = (
     "type", "rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "attention_factor",
@@ -53,6 +53,13 @@ def read_configuration(architecture: dict[str, Any], vocabulary_size: int) -> Pr
         config.attention_dropout = 0.0
     config.vocab_size = vocabulary_size
     config.name_or_path = ""
+    return without_special_rows(config)
+
+
+def without_special_rows(config: PreTrainedConfig) -> PreTrainedConfig:
+    """No row of the embedding is special: that of a padding token would get no gradient."""
+    # a few families declare that these are numbers
+    vars(config).update(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     return config
 
 

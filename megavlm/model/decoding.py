@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from megavlm.data.pack.encode import EncodedSample
 from megavlm.data.pack.pack import Costing, build_pack
-from megavlm.model.attention import Context
+from megavlm.model.attention import Context, Scoring
 from megavlm.model.backbone import Backbone
 from megavlm.model.decoding_start import check_start
+from megavlm.model.ends import embed, final_norm, kind_of, logits_of, rotary_tables
 from megavlm.routing.gates import at_least_float32
 from megavlm.routing.route import Choice, Route, Stage
 
@@ -78,18 +79,20 @@ class Decoder:
         sequence_T = torch.repeat_interleave(torch.arange(len(self.lengths_B), device=self.device), self.lengths_B)
         is_given_T = self.pack.positions_T < self.place_B[sequence_T]
 
-        def fill_cache(layer: int, active: torch.Tensor | None, _q, k_KHd, v_KHd, _scale, context: Context):  # noqa: PLR0917 (called by place, as the backbone calls observers)
+        def fill_cache(layer: int, active: torch.Tensor | None, _q, k_KHd, v_KHd, _scoring, context: Context):  # noqa: PLR0917 (called by place, as the backbone calls observers)
             cache = self.caches[layer] = LayerCache(len(self.lengths_B), self.capacity, k_KHd)
             rows_K = torch.arange(len(sequence_T), device=self.device) if active is None else active
             bias_K = context.log_sizes_K
             bias_K = k_KHd.new_zeros(len(rows_K)) if bias_K is None else bias_K.to(k_KHd.dtype)
             if (guests := context.guests) is not None:
-                # in the caches the order of keys does not matter
                 stage = next(stage for stage in self.pack.route.stages if stage.first_layer <= layer < stage.end_layer)
                 rows_R = torch.cat([injection.rows_R for injection in stage.injections])
                 rows_K = torch.cat([rows_K, rows_R])
                 k_KHd, v_KHd = torch.cat([k_KHd, guests.k_RHd]), torch.cat([v_KHd, guests.v_RHd])
                 bias_K = torch.cat([bias_K, bias_K.new_zeros(len(rows_R))])
+                # in the pack's order: windows count keys
+                order = rows_K.argsort()
+                rows_K, k_KHd, v_KHd, bias_K = rows_K[order], k_KHd[order], v_KHd[order], bias_K[order]
             is_given = is_given_T[rows_K]
             cache.fill(sequence_T[rows_K][is_given], k_KHd[is_given], v_KHd[is_given], bias_K[is_given])
 
@@ -107,8 +110,8 @@ class Decoder:
 
     def _step(self, backbone: Backbone, tokens_B: torch.Tensor) -> torch.Tensor:
         model = backbone.causal_lm.model
-        embedding_BD = h_BD = model.embed_tokens(tokens_B)
-        cos_B, sin_B = (table[0] for table in model.rotary_emb(h_BD[None], self.place_B[None]))
+        embedding_BD = h_BD = embed(backbone.causal_lm, tokens_B)
+        tables = rotary_tables(model, h_BD, self.place_B)
         is_placeholder_B = self.place_B < self.lengths_B
         rows_B = torch.where(is_placeholder_B, self.starts_B + self.place_B, -1)
         for s, stage in enumerate(self.pack.route.stages):
@@ -116,7 +119,7 @@ class Decoder:
             is_active_B, gate_B = self._decide(backbone, s, stage, rows_B, h_BD=h_BD)
             if is_active_B is None:
                 chosen_K, num_keys = self.all_B, self.longest
-                x_KD, rotary = h_BD, (cos_B[None], sin_B[None])
+                x_KD, rotary = h_BD, tables
             else:
                 # the host waits here, once a stage and token: for how many go on, and for their longest cache
                 lengths_B = self.caches[stage.first_layer].lengths_B
@@ -124,10 +127,11 @@ class Decoder:
                 if num_active == 0:  # stock layers take no empty input; all ranks draw the same and skip together
                     continue
                 chosen_K = is_active_B.long().argsort(descending=True, stable=True)[:num_active]
-                x_KD, rotary = h_BD[chosen_K], (cos_B[None, chosen_K], sin_B[None, chosen_K])
+                x_KD, rotary = h_BD[chosen_K], {kind: (cos_B[chosen_K], sin_B[chosen_K]) for kind, (cos_B, sin_B) in tables.items()}
             for layer in range(stage.first_layer, stage.end_layer):
                 context = CacheView(self.caches[layer], chosen_K, num_keys)
-                x_KD = model.layers[layer](x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, context=context)[0]
+                places = tuple(table[None] for table in rotary[kind_of(model, layer)])
+                x_KD = model.layers[layer](x_KD[None], attention_mask=None, position_embeddings=places, use_cache=False, context=context)[0]
             if gate_B is not None:
                 before_KD = h_BD[chosen_K]
                 x_KD = before_KD + gate_B[chosen_K, None].to(h_BD.dtype) * (x_KD - before_KD)
@@ -173,7 +177,7 @@ class Decoder:
         return is_there_T.index_select(0, rows_B % len(is_there_T))
 
     def _logits(self, backbone: Backbone, h_BD: torch.Tensor) -> torch.Tensor:
-        return at_least_float32(backbone.causal_lm.lm_head(backbone.causal_lm.model.norm(h_BD)))
+        return at_least_float32(logits_of(backbone.causal_lm, final_norm(backbone.causal_lm, h_BD)))
 
 
 class _GateCounts:
@@ -230,7 +234,7 @@ class LayerCache:
         self.lengths_B = torch.zeros(num_sequences, dtype=torch.int64, device=like_KHd.device)
 
     def fill(self, sequence_K, k_KHd, v_KHd, bias_K) -> None:
-        """Put keys of any sequences, in any order, into the empty cache."""
+        """Put keys of any sequences into the empty cache; those of one sequence keep their order."""
         order = sequence_K.argsort(stable=True)
         sequence_K = sequence_K[order]
         self.lengths_B = torch.bincount(sequence_K, minlength=len(self.lengths_B))
@@ -256,22 +260,22 @@ class CacheView:
     num_keys: int
     """Keys of the longest sequence of the cache, those of this step included."""
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that there is room for."""
-        return self.cache.k_BLHd.shape[1]
-
-    def attend(self, q_KHd: torch.Tensor, k_KHd: torch.Tensor, v_KHd: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(self, q_KHd: torch.Tensor, k_KHd: torch.Tensor, v_KHd: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """Append the keys and values; attention of each query to its sequence's keys, ``[K, H, d]``."""
         cache, chosen = self.cache, self.chosen_K
         cache.append(chosen, k_KHd, v_KHd)
         lengths_K = cache.lengths_B[chosen]
         longest = self.num_keys
-        is_there_KL = torch.arange(longest, device=chosen.device) < lengths_K[:, None]
-        bias_KL = cache.bias_BL[chosen, :longest].masked_fill(~is_there_KL, -torch.inf)
+        is_seen_KL = torch.arange(longest, device=chosen.device) < lengths_K[:, None]
+        if scoring.window is not None:
+            is_seen_KL &= torch.arange(longest, device=chosen.device) >= lengths_K[:, None] - scoring.window
+        bias_KL = cache.bias_BL[chosen, :longest].masked_fill(~is_seen_KL, -torch.inf)
         groups = q_KHd.shape[1] // k_KHd.shape[1]
         k_KHLd, v_KHLd = (x[chosen, :longest].transpose(1, 2).repeat_interleave(groups, dim=1) for x in (cache.k_BLHd, cache.v_BLHd))
+        if scoring.softcap is not None:
+            scores_KHL = scoring.capped(torch.einsum("khd,khld->khl", q_KHd, k_KHLd) * scoring.scale) + bias_KL[:, None].to(q_KHd.dtype)
+            return torch.einsum("khl,khld->khd", at_least_float32(scores_KHL).softmax(-1).to(v_KHLd.dtype), v_KHLd)
         out = functional.scaled_dot_product_attention(
-            q_KHd[:, :, None], k_KHLd, v_KHLd, attn_mask=bias_KL[:, None, None].to(q_KHd.dtype), scale=scale
+            q_KHd[:, :, None], k_KHLd, v_KHLd, attn_mask=bias_KL[:, None, None].to(q_KHd.dtype), scale=scoring.scale
         )
         return out[:, :, 0]

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +33,7 @@ class LossConfig(Settings):
 
 
 def chunked_loss(
-    head: nn.Module,
+    head: Callable[[torch.Tensor], torch.Tensor],
     h_MD: torch.Tensor,
     targets_M: torch.Tensor,
     groups_M: torch.Tensor,
@@ -73,7 +72,7 @@ def chunked_loss(
     return h_MD.new_zeros(num_groups, dtype=torch.float32).index_add(0, groups_M, torch.cat(losses))
 
 
-def _chunk_loss(head: nn.Module, cross_entropy: Callable, h_MD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+def _chunk_loss(head: Callable, cross_entropy: Callable, h_MD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
     return cross_entropy(head(h_MD), targets_M)
 
 

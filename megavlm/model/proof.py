@@ -1,6 +1,6 @@
-"""A small copy of an architecture, run packed through the backbone and padded through `transformers`: both must say the same.
+"""A small copy of an architecture, run packed through the backbone and one by one through `transformers`: both must say the same.
 
-Letters: B documents, L their tokens. Tested by `tests/model/test_families.py`.
+Letters: L tokens of a sample. Tested by `tests/model/test_families.py`.
 """
 
 import json
@@ -18,7 +18,9 @@ from megavlm.data.pack.pack import Costing, Pack, build_pack
 from megavlm.data.read.sample import Coordinates
 from megavlm.errors import ConfigError
 from megavlm.model.backbone import Backbone
-from megavlm.model.families import read_exact, window_of
+from megavlm.model.configuration import without_special_rows
+from megavlm.model.ends import final_norm, logits_of
+from megavlm.model.families import read_exact
 from megavlm.routing.phases import Phases
 from megavlm.routing.policies import Dense
 from megavlm.routing.tasks import Task
@@ -26,7 +28,10 @@ from megavlm.routing.tasks import Task
 TOLERANCE = 1e-4
 LENGTHS = (13, 7)
 """Tokens of the two samples of the pack."""
+WINDOW = 5
+"""Tokens that the small copy's sliding windows see at most."""
 VOCABULARY = 64
+NOT_COPIED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 LAYER_LISTS = ("layer_types", "no_rope_layers")
 """Fields with a value for each layer."""
 
@@ -50,13 +55,14 @@ def _prove(architecture: str) -> float:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             causal_lm = random_model(config)
-            expected_TV = padded_logits(causal_lm)
+            expected_TV = logits_one_by_one(causal_lm)
         except Exception as error:  # whatever modules make of fields that do not fit each other
             raise ValueError(f"transformers cannot run this {family}: {type(error).__name__}: {error}") from error
         if not expected_TV.isfinite().all():
             raise ValueError(f"transformers gives no finite numbers with these fields of {family}; correct them")
         try:
-            difference = float((packed_logits(causal_lm) - expected_TV).abs().max())
+            logits_TV, windows = packed_logits(causal_lm)
+            difference = float((logits_TV - expected_TV).abs().max())
         except ConfigError as error:
             raise ValueError(f"this {family} is not computed exactly here: {error}") from error
     if not difference <= TOLERANCE:
@@ -68,13 +74,18 @@ def _prove(architecture: str) -> float:
     for layer in causal_lm.model.layers:
         if 2 * (weights := active_weights(layer, config)) != flops:
             raise ValueError(f"the cost of a layer of this {family} is not known: {2 * weights:g} FLOPs per token, counted as {flops}")
+    if any(windows) and windows != (counted := ModelShape.of(config).windows):
+        raise ValueError(f"the cost of attention of this {family} is not known: its windows are {windows}, counted as {counted}")
     return difference
 
 
 def active_weights(layer: nn.Module, config: PreTrainedConfig) -> float:
-    """Numbers that a token is multiplied by in a layer: all of its matrices, and of stacked experts those that take the token."""
+    """Numbers that a token is multiplied by in a layer: all of its matrices, and of stacked experts those that take the token.
+
+    Norms of single heads may have weights of two dimensions too.
+    """
     share = ModelShape.of(config).active_experts / max(1, num_experts(config))
-    return sum(p.numel() * (share if p.dim() == 3 else 1) for p in layer.parameters() if p.dim() > 1)
+    return sum(p.numel() * (share if p.dim() == 3 else 1) for name, p in layer.named_parameters() if p.dim() > 1 and "norm" not in name)
 
 
 def small_copy(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -96,14 +107,13 @@ def small_copy(config: PreTrainedConfig) -> PreTrainedConfig:
     if num_experts(config):
         name = "num_experts" if "num_experts" in config.to_dict() else "num_local_experts"
         changes |= {name: min(num_experts(config), 2 + config.num_experts_per_tok), "moe_intermediate_size": 48}
-    if window := window_of(config):
-        # whether the recipe's sequences fit into it is asked elsewhere
-        changes["sliding_window"] = max(window, sum(LENGTHS))
+    if ModelShape.of(config).windows:
+        changes["sliding_window"] = min(config.sliding_window, WINDOW)
     for name in LAYER_LISTS:
         if getattr(config, name, None):
             changes[name] = [getattr(config, name)[layer] for layer in layers]
-    fields = {name: value for name, value in config.to_dict().items() if name not in ("dtype", "torch_dtype")}
-    return type(config).from_dict(fields | changes)
+    fields = {name: value for name, value in config.to_dict().items() if name not in NOT_COPIED}
+    return without_special_rows(type(config).from_dict(fields | changes))
 
 
 def _layers_of_each_kind(config: PreTrainedConfig) -> list[int]:
@@ -123,23 +133,25 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
     return causal_lm
 
 
-def padded_logits(causal_lm: PreTrainedModel) -> torch.Tensor:
+def logits_one_by_one(causal_lm: PreTrainedModel) -> torch.Tensor:
     """``[T, V]`` of the samples, by `transformers` alone."""
     causal_lm.config._attn_implementation = "eager"
     causal_lm.config._experts_implementation = "eager"
-    ids_BL = nn.utils.rnn.pad_sequence([torch.from_numpy(sample.tokens) for sample in _samples()], batch_first=True)
-    mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor(LENGTHS)[:, None]
-    logits_BLV = causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long(), use_cache=False, return_dict=True).logits
-    return logits_BLV[mask_BL]
+    samples = [torch.from_numpy(sample.tokens)[None] for sample in _samples()]
+    return torch.cat([causal_lm(input_ids=ids_1L, use_cache=False, return_dict=True).logits[0] for ids_1L in samples])
 
 
-def packed_logits(causal_lm: PreTrainedModel) -> torch.Tensor:
-    """``[T, V]`` of the samples as one pack, as in training."""
-    config = causal_lm.config
+def packed_logits(causal_lm: PreTrainedModel) -> tuple[torch.Tensor, tuple[int | None, ...]]:
+    """``[T, V]`` of the samples as one pack, as in training; and the sliding windows that the layers asked for."""
+    config, windows = causal_lm.config, {}
     phases = Phases.always(Dense(), Dense(), config.num_hidden_layers)
     backbone = Backbone(causal_lm, phases, num_sources=1, max_labels=sum(LENGTHS), chunk_rows=sum(LENGTHS))
-    h_TD, _ = backbone.hidden_states(_pack(Costing(phases, ModelShape.of(config))))
-    return causal_lm.lm_head(causal_lm.model.norm(h_TD))
+
+    def watch(layer, _active, _q, _k, _v, scoring, _context):
+        windows[layer] = scoring.window
+
+    h_TD, _ = backbone.hidden_states(_pack(Costing(phases, ModelShape.of(config))), watch)
+    return logits_of(causal_lm, final_norm(causal_lm, h_TD)), tuple(windows.values())
 
 
 def _pack(costing: Costing) -> Pack:

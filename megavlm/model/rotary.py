@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megavlm.model.ends import kind_of
 from megavlm.model.families import rotates
 
 
@@ -16,7 +17,7 @@ def without_rotary(  # noqa: PLR0917 (the backbone binds the first four, selecto
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys back by the angles of their places.
 
-    The family's own function does it, with the angles negated: it knows which channels are pairs, and which are not turned at all.
+    The family's own function does it, with the angles negated: it knows which channels are pairs. Those behind them are not turned.
 
     Args:
         model: The decoder, of any family.
@@ -29,9 +30,14 @@ def without_rotary(  # noqa: PLR0917 (the backbone binds the first four, selecto
     attention = model.layers[layer].self_attn
     if not rotates(attention):
         return q_KHd, k_KHd
-    scaling = model.rotary_emb.attention_scaling
+    kind = kind_of(model, layer)
+    scaling = getattr(model.rotary_emb, f"{kind}_attention_scaling" if kind else "attention_scaling")
     if scaling != 1:  # yarn; the angles were scaled once, and would be again
         cos_Kd, sin_Kd = cos_Kd / scaling**2, sin_Kd / scaling**2
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    q_1HKd, k_1HKd = rotate(q_KHd.transpose(0, 1)[None], k_KHd.transpose(0, 1)[None], cos_Kd[None], -sin_Kd[None])
-    return q_1HKd[0].transpose(0, 1), k_1HKd[0].transpose(0, 1)
+    width = cos_Kd.shape[1]
+    turned = (x[None, ..., :width].transpose(1, 2) for x in (q_KHd, k_KHd))
+    q_1HKd, k_1HKd = rotate(*turned, cos_Kd[None], -sin_Kd[None])
+    back = ((q_1HKd[0].transpose(0, 1), q_KHd), (k_1HKd[0].transpose(0, 1), k_KHd))
+    q_KHd, k_KHd = (torch.cat([x, whole[..., width:]], -1) for x, whole in back)
+    return q_KHd, k_KHd

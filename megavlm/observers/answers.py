@@ -52,7 +52,7 @@ class Answers(Observer):
     def _words(self, sample: EncodedSample, has_loss: bool) -> str:
         """The text of a sample's question, or of its answer."""
         vocabulary = self.training.parts.vocabulary
-        ids = sample.tokens[(sample.tokens < vocabulary.num_text) & (sample.has_loss == has_loss)]
+        ids = sample.tokens[vocabulary.is_text(sample.tokens) & (sample.has_loss == has_loss)]
         return _cell(vocabulary.decode_text(ids.tolist()))
 
 

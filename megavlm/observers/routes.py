@@ -65,7 +65,7 @@ class Routes(Observer):
         finally:
             backbone.observe = before
         vocabulary = self.training.parts.vocabulary
-        self._seen = images_of(pack, vocabulary.first_code, vocabulary.size), is_active_LT
+        self._seen = images_of(pack, vocabulary.first_code, vocabulary.end_code), is_active_LT
 
     def after_step(self, num_steps: int) -> None:
         if self._seen is None:

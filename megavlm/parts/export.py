@@ -23,7 +23,7 @@ from megavlm.parts.parts import Parts
 from megavlm.parts.trained import load_run_config
 from megavlm.runs.checkpoints import locate
 from megavlm.system.files import folder_written_atomically
-from megavlm.vocabulary import SPECIALS, copy_text_model
+from megavlm.vocabulary import copy_text_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Types of exported weights."""
@@ -64,7 +64,7 @@ def export(source: Path, out: Path, dtype: str = "float32") -> str:
     layout = {
         "size": vocabulary.size,
         "num_text": vocabulary.num_text,
-        "specials": {name: vocabulary.num_text + i for i, name in enumerate(SPECIALS)},
+        "specials": vocabulary.specials,
         "first_code": vocabulary.first_code,
         "image_tokenizer": inside.model_dump(mode="json"),
         "checkpoint": str(checkpoint.name),

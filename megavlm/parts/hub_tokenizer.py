@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import Unigram
 
 from megavlm.system.files import write_atomically
-from megavlm.vocabulary import SPECIALS, TOKENIZER_FILE, HuggingFaceText, Vocabulary
+from megavlm.vocabulary import TOKENIZER_FILE, HuggingFaceText, Vocabulary
 
 NORMAL, USER_DEFINED, UNIGRAM = 1, 4, 1
 """Of SentencePiece: types of pieces, and the type of a model that weighs pieces against each other."""
@@ -39,20 +39,21 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path) -> str:
         return "; no tokenizer for AutoTokenizer: the text model has no equal there, use text.model and vocabulary.json"
     names = token_names(vocabulary, tokenizer)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    first_special = len(names) - vocabulary.size + vocabulary.num_text
-    settings |= {"bos_token": names[first_special], "eos_token": names[first_special + 1]}
+    settings |= {"bos_token": tokenizer.id_to_token(vocabulary.bos), "eos_token": tokenizer.id_to_token(vocabulary.eos)}
     write_atomically(folder / TOKENIZER_FILE, tokenizer.to_str())
     write_atomically(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
     return ""
 
 
 def token_names(vocabulary: Vocabulary, tokenizer: Tokenizer) -> list[str]:
-    """What comes after the pieces of the text: rows of a padded embedding, special tokens, ``<code_00000>`` and so on."""
+    """What comes after the pieces of the text: special tokens, ``<code_00000>`` and so on, and rows that nothing uses."""
     known = tokenizer.get_vocab(with_added_tokens=True)
-    unused = [f"<unused_row_{i}>" for i in range(max(known.values()) + 1, vocabulary.num_text)]
-    codes = [f"<code_{i:05}>" for i in range(vocabulary.codebook_size)]
+    num_pieces = max(known.values()) + 1
+    named = {i: name for name, i in vocabulary.specials.items()}
+    named |= {vocabulary.first_code + code: f"<code_{code:05}>" for code in range(vocabulary.codebook_size)}
+    names = [named.get(i, f"<unused_row_{i}>") for i in range(num_pieces, vocabulary.size)]
     # a pretrained tokenizer may have a <bos> of its own
-    return [f"<megavlm_{name[1:]}" if name in known else name for name in (*unused, *SPECIALS, *codes)]
+    return [f"<megavlm_{name[1:]}" if name in known else name for name in names]
 
 
 def _text_tokenizer(vocabulary: Vocabulary) -> Tokenizer | None:

@@ -51,7 +51,8 @@ class Parts:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.config.vocabulary.text_model, self.image_tokenizer.codebook_size)
+        config = self.config.vocabulary
+        return Vocabulary(config.text_model, self.image_tokenizer.codebook_size, config.trained_ids)
 
     @cached_property
     def encoder(self) -> Encoder:

@@ -23,6 +23,8 @@ from megavlm.vocabulary import Vocabulary, same_text_model
 
 log = logging.getLogger(__name__)
 
+LANGUAGE_PARTS = ("language_model", "text_model")
+"""Where multimodal models of `transformers` have their text decoder."""
 NEW_ROW_NOISE = 0.1
 """Standard deviation of a new row about the mean of the old ones, as a share of theirs."""
 
@@ -116,9 +118,10 @@ def _of_safetensors(
     except (OSError, SafetensorError) as error:
         raise ConfigError(_does_not_fit(path, f"a file is damaged: {error}")) from error
     holder = with_stacked_experts({name: Stored(shape, partial(_read, shard, name)) for name, (shard, shape) in there.items()})
-    found = {name: next((other for other in names[name] if other in holder), None) for name in shapes}
+    called = language_part(path, list(holder))
+    found = {name: next((called[other] for other in names[name] if other in called), None) for name in shapes}
     missing = sorted(name for name, other in found.items() if other is None)
-    unexpected = sorted(set(holder) - {other for others in names.values() for other in others})
+    unexpected = sorted(set(called) - {other for others in names.values() for other in others})
     if missing or unexpected:
         raise ConfigError(_does_not_fit(path, f"missing {missing}, unexpected {unexpected}"))
     readers: dict[str, Callable[[], torch.Tensor]] = {}
@@ -142,6 +145,26 @@ def _read(shard: Path, name: str) -> torch.Tensor:
     """One tensor; the file is closed again, or what has been read of it would stay in memory."""
     with safe_open(shard, framework="pt") as file:
         return file.get_tensor(name)
+
+
+def language_part(path: Path, names: list[str]) -> dict[str, str]:
+    """What the tensors of a folder are called in a text decoder alone, and what there; all of them, if the model is one.
+
+    A multimodal model of `transformers` holds its decoder below one name of `LANGUAGE_PARTS`. Its other parts, such as a vision encoder,
+    are left out, and named in the log.
+    """
+    called = {}
+    for name in names:
+        for part in LANGUAGE_PARTS:
+            inner = name.replace(f"model.{part}.", "model.", 1) if name.startswith(f"model.{part}.") else name.removeprefix(f"{part}.")
+            if inner != name:
+                called[inner] = name
+    if not called:
+        return {name: name for name in names}
+    head = {name: name for name in names if name.startswith("lm_head.")}
+    left_out = sorted({".".join(name.split(".")[:2]) for name in set(names) - {*called.values(), *head}})
+    log.info("of %s the language part is taken; left out: %s", path, ", ".join(left_out) or "nothing")
+    return called | head
 
 
 def _read_grown(read: Callable[[], torch.Tensor], num_rows: int) -> torch.Tensor:

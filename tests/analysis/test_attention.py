@@ -17,7 +17,7 @@ from tests.model.reference import Reference, recorded_chance
 from tests.model.test_backbone import MIXED, NoReadBack, make_backbone
 from tests.routing.layouts import POLICIES, SHAPE, VOCABULARY, costing, make_samples
 
-VOCAB = SimpleNamespace(num_text=70, first_code=80)
+VOCAB = SimpleNamespace(num_text=70, first_code=80, end_code=VOCABULARY, is_text=lambda ids: ids < 70)
 EVERYTHING = {"num_rows": 10_000, "num_sequences": 10_000}
 
 

@@ -169,10 +169,11 @@ def _by_sequence(cu_seqlens, *tensors):
     return zip(*(tensor.float().split(lengths) for tensor in tensors))
 
 
-def _weights(q_LHd, k_LHd, scale):
+def _weights(q_LHd, k_LHd, scale, window):
     groups = q_LHd.shape[1] // k_LHd.shape[1]
     scores = torch.einsum("qhd,khd->hqk", q_LHd, k_LHd.repeat_interleave(groups, 1)) * scale
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    everything = torch.ones(scores.shape[1:], dtype=torch.bool)
+    hidden = everything.triu(1) if window[0] < 0 else everything.triu(1) | everything.tril(-window[0] - 1)
     return scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
@@ -188,18 +189,21 @@ def _check_attention(q, k, v, cu_q, cu_k, longest, enable_gqa) -> None:
 
 def _forward(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, scale, window, enable_gqa=False):
     _check_attention(q, k, v, cu_q, cu_k, max_q, enable_gqa)
-    assert is_causal and max_q == max_k and list(window) == [-1, 0]
+    assert is_causal == (list(window) == [-1, 0]) and max_q == max_k and window[1] == 0
     groups = q.shape[1] // k.shape[1]
-    parts = [torch.einsum("hqk,khd->qhd", _weights(q, k, scale), v.repeat_interleave(groups, 1)) for q, k, v in _by_sequence(cu_q, q, k, v)]
+    parts = [
+        torch.einsum("hqk,khd->qhd", _weights(q, k, scale, window), v.repeat_interleave(groups, 1))
+        for q, k, v in _by_sequence(cu_q, q, k, v)
+    ]
     return torch.cat(parts).to(q.dtype), torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
 
 
-def _backward(grad, q, k, v, _out, _lse, cu_q, cu_k, max_q, _max_k, _is_causal, _rng, scale, _window):
+def _backward(grad, q, k, v, _out, _lse, cu_q, cu_k, max_q, _max_k, _is_causal, _rng, scale, window):
     _check_attention(q, k, v, cu_q, cu_k, max_q, True)
     groups, width = q.shape[1] // k.shape[1], q.shape[2]
     found = []
     for g, q_part, k_part, v_part in _by_sequence(cu_q, grad, q, k, v):
-        p, k_all, v_all = _weights(q_part, k_part, scale), *(x.repeat_interleave(groups, 1) for x in (k_part, v_part))
+        p, k_all, v_all = _weights(q_part, k_part, scale, window), *(x.repeat_interleave(groups, 1) for x in (k_part, v_part))
         dp = torch.einsum("qhd,khd->hqk", g, v_all)
         ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
         dk, dv = torch.einsum("hqk,qhd->khd", ds, q_part), torch.einsum("hqk,qhd->khd", p, g)

@@ -17,7 +17,7 @@ from megavlm.data.pack.pack import build_pack
 from megavlm.engine.guard import Guard
 from megavlm.engine.signals import Wish
 from megavlm.model import attention
-from megavlm.model.attention import packed_attention
+from megavlm.model.attention import Scoring, packed_attention
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.decoding import Decoder
 from megavlm.monitor.metrics import Meters
@@ -41,11 +41,12 @@ def _the_branch_that_cuda_takes(monkeypatch):
     monkeypatch.setattr(attention, "takes_fused", lambda q_THd: q_THd.device == META and q_THd.dtype == torch.bfloat16)
 
 
-def make_backbone(policy="dense", num_kv_heads=2, **options):
+def make_backbone(policy="dense", num_kv_heads=2, window=None, **options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": NUM_LAYERS, "head_dim": 8, "initializer_range": 0.2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": num_kv_heads}
-    causal_lm = make_causal_lm({"model_type": "qwen3"} | sizes, VOCABULARY)
+    family = {"model_type": "qwen3"} if window is None else {"model_type": "mistral", "sliding_window": window}
+    causal_lm = make_causal_lm(family | sizes, VOCABULARY)
     backbone = Backbone(causal_lm, phases(policy), num_sources=1, max_labels=200, chunk_rows=64, **options)
     to_bfloat16(backbone)
     return backbone
@@ -67,12 +68,12 @@ def test_on_meta(policy, num_kv_heads):
     assert {gradient.dtype for gradient in gradients.values()} == {torch.bfloat16}
 
 
-@EVERY_POLICY
-def test_nothing_waits_and_nothing_mixes_in_the_passes(policy):
+@pytest.mark.parametrize(("policy", "window"), [*((policy, None) for policy in POLICIES), ("dense", 5), ("kv_injection_both", 5)])
+def test_nothing_waits_and_nothing_mixes_in_the_passes(policy, window):
     """Backbone, router and loss; the values are those of the CPU's own branch."""
     pack, factors_G = make_pack(MIXED, policy), torch.tensor(FACTORS)
-    expected, expected_gradients = loss_and_gradient(make_backbone(policy), pack, factors_G)
-    backbone, pack, factors_G = on_device(make_backbone(policy)), on_device(pack), OnDevice(factors_G)
+    expected, expected_gradients = loss_and_gradient(make_backbone(policy, window=window), pack, factors_G)
+    backbone, pack, factors_G = on_device(make_backbone(policy, window=window)), on_device(pack), OnDevice(factors_G)
     with Device() as device:
         loss, gradients = loss_and_gradient(backbone, pack, factors_G)
     assert float(value_of(loss).detach()) == pytest.approx(float(expected.detach()), rel=1e-2)
@@ -92,7 +93,7 @@ def test_nothing_waits_where_layers_are_computed_again(policy):
 
 
 def attend(q, k, sequences, **options):
-    return packed_attention(q, k, k, sequences, scale=1.0, **options)
+    return packed_attention(q, k, k, sequences, scoring=Scoring(1.0), **options)
 
 
 def sequences_of(dtype=torch.int32):

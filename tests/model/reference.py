@@ -242,6 +242,8 @@ class Reference:
             for other in range(place + 1):
                 # an inactive token sees itself, so that what is thrown away is a number
                 allowed[place, other] = other in active or other in guests or other == place
+            if window := getattr(self.config, "sliding_window", None):  # of the rows that take part, the last so many
+                allowed[place, allowed[place].nonzero()[:-window, 0]] = False
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         logits = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(width) + log_sizes
         weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)

@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "qwen3": {"head_dim": 8},
     "qwen2": {"tie_word_embeddings": True},
     "llama": {},
+    "mistral": {"sliding_window": 5},
 }
 EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES)
 MIXED = [

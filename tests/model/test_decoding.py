@@ -1,5 +1,6 @@
 """Decoding along a route equals the packed forward pass over the whole sequence, token by token."""
 
+import pytest
 import torch
 
 from megavlm.data.pack.pack import build_pack
@@ -7,6 +8,8 @@ from megavlm.model.decoding import Decoder
 from tests.model.test_backbone import EVERY_POLICY, make_backbone
 from tests.routing.layouts import costing, make_samples
 
+EVERY_KIND = pytest.mark.parametrize("model_type", ["qwen3", "mistral"])
+"""Layers that see everything, and layers with a sliding window."""
 DRAWN = [
     [("text", 4, 1), ("IMAGE", 4, 4)],
     [("image", 2, 3), ("text", 2, 1), ("IMAGE", 3, 3)],
@@ -32,9 +35,10 @@ def logits_of_packed(backbone, samples, policy):
 
 
 @EVERY_POLICY
+@EVERY_KIND
 @torch.no_grad()
-def test_drawing(policy):
-    backbone, samples = make_backbone(policy), make_samples(DRAWN)
+def test_drawing(policy, model_type):
+    backbone, samples = make_backbone(policy, model_type), make_samples(DRAWN)
     expected = logits_of_packed(backbone, samples, policy)
     begins = [sample.spans[-1].start for sample in samples]
     decoder = decoder_of(backbone, samples, begins, policy)
@@ -67,9 +71,10 @@ def test_placeholders_do_not_matter(policy):
 
 
 @EVERY_POLICY
+@EVERY_KIND
 @torch.no_grad()
-def test_answering(policy):
-    backbone, samples = make_backbone(policy), make_samples(READ)
+def test_answering(policy, model_type):
+    backbone, samples = make_backbone(policy, model_type), make_samples(READ)
     expected = logits_of_packed(backbone, samples, policy)
     prompts = [sample.prompt() for sample in samples]
     lengths = [prompt.num_tokens for prompt in prompts]

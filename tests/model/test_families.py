@@ -17,12 +17,13 @@ from megavlm.model import attention
 from megavlm.model.architecture import ModelConfig
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.configuration import ABOUT_THE_FILE, LEFTOVERS, REPLACED, read_configuration
+from megavlm.model.decoding import Decoder
+from megavlm.model.ends import final_norm, kind_of, logits_of, rotary_tables
 from megavlm.model.families import EXACT, rotates
 from megavlm.model.proof import active_weights
 from megavlm.model.rotary import without_rotary
 from megavlm.routing.phases import Phases
 from megavlm.routing.policies import Dense
-from tests.conftest import TINY
 from tests.routing.layouts import VOCABULARY, make_samples
 
 SMALL = {
@@ -33,11 +34,28 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+DENSE_PLAN = Phases.always(Dense(), Dense(), SMALL["num_hidden_layers"])
 LAYOUT = [[("TEXT", 11, 1)], [("TEXT", 6, 1)], [("TEXT", 14, 1)]]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 KINDS = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+BOTH = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 VARIANTS = [
+    ("cohere", {"logit_scale": 0.5, "use_qk_norm": True}),
+    ("cohere2", {"layer_types": BOTH, "sliding_window": 4, "logit_scale": 2.0}),
+    ("cwm", {"layer_types": BOTH, "sliding_window": 4}),
+    ("gemma2", {"sliding_window": 4, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "layer_types": BOTH, "sliding_window": 1}),
+    ("gemma3_text", {"layer_types": BOTH, "sliding_window": 4, "rope_local_base_freq": 50.0, "rope_theta": 1e4}),
+    ("gemma3_text", {"layer_types": BOTH, "sliding_window": 3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.3, "attention_multiplier": 0.2}),
+    ("hyperclovax", {"embedding_multiplier": 3.0, "logits_scaling": 0.2, "use_post_norm": True}),
+    ("mistral", {"sliding_window": 4}),
+    ("olmo3", {"layer_types": BOTH, "sliding_window": 4, "rope_scaling": YARN}),
+    ("phi", {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    ("phi3", {"sliding_window": 5}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}),
+    ("vaultgemma", {"sliding_window": 4, "layer_types": BOTH, "attn_logit_softcapping": 0.5}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     ("llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3}),
@@ -82,29 +100,40 @@ def make(architecture):
     generator = torch.Generator().manual_seed(1)
     for name, parameter in causal_lm.named_parameters():
         torch.nn.init.normal_(parameter, float("norm" in name), 0.1, generator)
-    phases = Phases.always(Dense(), Dense(), causal_lm.config.num_hidden_layers)
-    costing = Costing(phases, ModelShape.of(causal_lm.config))
-    backbone = Backbone(causal_lm, phases, num_sources=1, max_labels=99, chunk_rows=99)
+    costing = Costing(DENSE_PLAN, ModelShape.of(causal_lm.config))
+    backbone = Backbone(causal_lm, DENSE_PLAN, num_sources=1, max_labels=99, chunk_rows=99)
     return backbone, build_pack(make_samples(LAYOUT), costing, 1, 0, step=0, seed=0)
 
 
 def assert_exact(architecture):
-    """Packed through the backbone and padded through transformers: the same logits, and gradients for every row that was read."""
+    """Packed through the backbone, token by token with a cache, and one by one through transformers: the same logits; and gradients for
+    every row that was read."""
     backbone, pack = make(architecture)
     causal_lm = backbone.causal_lm
     h_TD, _ = backbone.hidden_states(pack)
-    ours = causal_lm.lm_head(causal_lm.model.norm(h_TD))
-    causal_lm.config._attn_implementation = "sdpa"
-    documents = pack.tokens_T.split(pack.sequences.lengths)
-    ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
-    mask = torch.arange(ids.shape[1]) < torch.tensor(pack.sequences.lengths)[:, None]
-    stock = causal_lm(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[mask]
-    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+    ours = logits_of(causal_lm, final_norm(causal_lm, h_TD))
+    of_sample = ours.split(pack.sequences.lengths)
+    assert_decodes(backbone, of_sample)
+    causal_lm.config._attn_implementation = "eager"  # the others know no soft caps
+    for ids, logits in zip(pack.tokens_T.split(pack.sequences.lengths), of_sample):
+        torch.testing.assert_close(logits[None], causal_lm(input_ids=ids[None], use_cache=False).logits, rtol=1e-4, atol=1e-4)
     ours.square().sum().backward()
     rows = causal_lm.get_input_embeddings().weight.grad.abs().sum(1)
     assert rows[pack.tokens_T].all(), "no row is left out of learning"
     for layer in causal_lm.model.layers:
         assert ModelShape.of(causal_lm.config).layer_flops_per_token == 2 * active_weights(layer, causal_lm.config)
+
+
+@torch.no_grad()
+def assert_decodes(backbone, of_sample):
+    samples, begins = make_samples(LAYOUT), [3, 5, 8]
+    costing = Costing(DENSE_PLAN, ModelShape.of(backbone.causal_lm.config))
+    decoder = Decoder(model=backbone, samples=samples, prompt_lengths=begins, costing=costing, device=torch.device("cpu"))
+    logits_BV = decoder.start()
+    for step in range(2):
+        for logits, expected, begin in zip(logits_BV, of_sample, begins):
+            torch.testing.assert_close(logits, expected[begin + step - 1], rtol=1e-4, atol=1e-4)
+        logits_BV = decoder.feed(torch.tensor([sample.tokens[begin + step] for sample, begin in zip(samples, begins)]))
 
 
 @pytest.mark.parametrize("model_type", EXACT)
@@ -128,7 +157,9 @@ def test_every_decoder_is_exact_or_refused_by_name(model_type):
     try:
         ModelConfig(architecture=architecture)
     except ValidationError as error:
-        assert model_type not in EXACT and re.search(rf"\b{re.escape(model_type)}\b", error.errors()[0]["msg"])
+        words = error.errors()[0]["msg"]
+        assert model_type not in EXACT and re.search(rf"\b{re.escape(model_type)}\b", words)
+        assert "not among the families" not in words, "the feature has a name"
         with pytest.raises(ConfigError, match=re.escape(model_type)):
             make_causal_lm(architecture, VOCABULARY)
     else:
@@ -138,9 +169,10 @@ def test_every_decoder_is_exact_or_refused_by_name(model_type):
 @pytest.mark.parametrize(
     ("model_type", "fields", "words"),
     [
-        ("granite", {}, "granite multiplies"),
-        ("cohere2", {}, "cohere2 scales its logits"),
-        ("gemma2", {}, "gemma2 caps"),
+        ("stablelm", {}, "stablelm takes no boundaries of packed samples into its layers"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "this gemma3_text is not computed exactly here"),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "gemma3_text with dynamic rotary"),
+        ("minicpm3", {}, "minicpm3 compresses keys and values"),
         ("gpt_oss", {}, "gpt_oss gives its attention sinks"),
         ("deepseek_v3", {}, "deepseek_v3 is a mixture of experts"),
         ("qwen3_moe", {"mlp_only_layers": [3]}, "qwen3_moe with experts in some of its layers only"),
@@ -171,42 +203,7 @@ def test_what_is_not_exact_is_refused_by_name(model_type, fields, words, make_co
         make_config({"model.architecture": architecture_of(model_type, **fields)})
 
 
-@pytest.mark.parametrize(
-    ("model_type", "fields"),
-    [
-        ("mistral", {}),
-        ("phi3", {}),
-        ("starcoder2", {}),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
-        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
-        ("ministral", {"layer_types": KINDS, "rope_theta": 1e4}),
-        ("exaone4", {"layer_types": KINDS, "sliding_window_pattern": None}),
-        ("smollm3", {"use_sliding_window": True, "layer_types": KINDS}),
-    ],
-)
-def test_a_window_is_refused_where_a_sequence_may_be_longer(model_type, fields, make_config):
-    limit = TINY["data.pack_tokens"]
-    architecture = architecture_of(model_type, **fields)
-    make_config({"model.architecture": architecture | {"sliding_window": limit}})
-    with pytest.raises(ConfigError, match=rf"layers of this {model_type} attend to a sliding window of {limit - 1} tokens"):
-        make_config({"model.architecture": architecture | {"sliding_window": limit - 1}})
-    # whoever comes without a recipe learns it from the attention
-    backbone, pack = make(architecture | {"sliding_window": max(pack_lengths()) - 1})
-    with pytest.raises(ConfigError, match="sliding window"):
-        backbone.hidden_states(pack)
-    assert_exact(architecture | {"sliding_window": max(pack_lengths())})
-
-
-def pack_lengths():
-    return [sample.num_tokens for sample in make_samples(LAYOUT)]
-
-
-def test_a_window_that_no_layer_uses_is_no_matter(make_config):
-    make_config({"model.architecture": architecture_of("qwen2", sliding_window=4, use_sliding_window=False)})
-    make_config({"model.architecture": architecture_of("qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=4)})
-
-
-@pytest.mark.parametrize("asked", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}, {"position_bias": torch.zeros(1)}])
+@pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(4)}, {"dropout": 0.1}, {"position_bias": torch.zeros(1)}])
 def test_attention_refuses_what_it_does_not_know(asked):
     backbone, pack = make(architecture_of("llama"))
     context = attention.Context(pack.sequences)
@@ -235,13 +232,17 @@ def test_queries_and_keys_are_turned_back_exactly(model_type, fields):
     for layer, module in enumerate(model.layers):
         seen = []
         context = attention.Context(pack.sequences, observe=lambda q, k, v, scale, seen=seen: seen.append((q, k)))
-        tables = [model.rotary_emb(x_1TD, positions_T[None]) for positions_T in places]
+        kind = kind_of(model, layer)
+        tables = [rotary_tables(model, x_1TD[0], positions_T)[kind] for positions_T in places]
+        tables = [(cos[None], sin[None]) for cos, sin in tables]
         for table in tables:
             module(x_1TD, attention_mask=None, position_embeddings=table, use_cache=False, context=context)
         turned_back = [without_rotary(model, layer, cos[0], sin[0], *pair) for (cos, sin), pair in zip(tables, seen)]
         torch.testing.assert_close(turned_back[0], turned_back[1], rtol=1e-4, atol=1e-5)
         # yarn scales what it turns
-        expected = [x / model.rotary_emb.attention_scaling for x in seen[1]]
+        scaling = getattr(model.rotary_emb, f"{kind}_attention_scaling" if kind else "attention_scaling")
+        turned = tables[0][0].shape[-1]
+        expected = [torch.cat([x[..., :turned] / scaling, x[..., turned:]], -1) for x in seen[1]]
         torch.testing.assert_close(turned_back[1], tuple(expected), rtol=1e-4, atol=1e-5)
         assert torch.allclose(seen[0][0], seen[1][0], atol=1e-4) != rotates(module.self_attn)
 
@@ -329,5 +330,6 @@ def test_of_a_multimodal_model_the_text_decoder_is_taken(tmp_path, make_config):
         read = read_configuration(config.model.architecture, VOCABULARY)
         assert read.model_type == "llama" and read.rope_parameters["rope_theta"] == 5e5
         assert_exact(config.model.architecture)
-    with pytest.raises(ConfigError, match="the text decoder of gemma3: gemma3_text has a rotary"):
-        make_config({"model.architecture": {"model_type": "gemma3"}})
+    assert_exact(make_config({"model.architecture": architecture_of("gemma3")}).model.architecture)
+    with pytest.raises(ConfigError, match="the text decoder of gemma3n: gemma3n_text gives each layer"):
+        make_config({"model.architecture": {"model_type": "gemma3n"}})

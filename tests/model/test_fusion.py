@@ -23,6 +23,13 @@ MODULES_OF_TWO_LAYERS = {
     "arcee": {"norm": 5, "rotary": 2},
     "olmo": {"rotary": 2, "mlp": 2},  # its norms have no weight
     "seed_oss": {"norm": 5, "rotary": 2},  # its MLP has dropout
+    "gemma2": {"norm": 9, "rotary": 2, "mlp": 2},
+    "hyperclovax": {"norm": 9, "rotary": 2, "mlp": 2},
+    "gemma3_text": {"norm": 13, "rotary": 2, "mlp": 2},
+    "olmo3": {"norm": 9, "rotary": 2, "mlp": 2},
+    "cohere": {"rotary": 2, "mlp": 2},  # its norms take a mean away
+    "cohere2": {"rotary": 2, "mlp": 2},
+    "phi": {"rotary": 2},
     "jais2": {"rotary": 2},  # torch's own LayerNorm, which is one kernel; no gate
     "starcoder2": {"rotary": 2},
     # experts are one module for all of them

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from megavlm.model.attention import packed_attention
+from megavlm.model.attention import Scoring, packed_attention
 from megavlm.routing.route import Sequences
 from tools.gpu.context import Context, Item, Outcome
 from tools.gpu.timing import seconds_of
@@ -71,7 +71,7 @@ def attention(context: Context, name: str) -> Outcome:
         sequences = Sequences.of(np.full(tokens // length, length)).map_tensors(lambda tensor: tensor.to(context.device))
         shape = (tokens // length * length, sizes.num_heads, sizes.head_width)
         q, k, v = (torch.randn(shape, device=context.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        forward = partial(packed_attention, q, k, v, sequences, scale=sizes.head_width**-0.5)
+        forward = partial(packed_attention, q, k, v, sequences, scoring=Scoring(sizes.head_width**-0.5))
         gradient = torch.randn(shape, device=context.device, dtype=torch.bfloat16)
 
         def both(forward=forward, gradient=gradient):

@@ -125,6 +125,8 @@ class Costing:
         active_s, guests_s = self._active_and_guests(layout, moment)
         bias_s = BIAS_WIDTH * self.phases.plans[moment.phase].merged_spans(*_spans(layout), moment.strength).any(1)
         stages = self.phases.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)
+        if self.shape.windows:
+            stages = stages - self.shape.unseen_flops(active_s + guests_s, self.phases.bounds, bias_s)
         return np.append(stages, layout.num_labels * self.shape.head_flops_per_row)
 
     def _active_and_guests(self, layout: Layout, moment: Moment) -> tuple[np.ndarray, np.ndarray]:
@@ -139,6 +141,8 @@ class Costing:
     def _dense_flops(self, layout: Layout) -> float:
         """Forward FLOPs of a sample without a route, head included."""
         layers = self.shape.num_layers * self.shape.layers_flops(layout.num_tokens)
+        if self.shape.windows:
+            layers = layers - self.shape.unseen_flops(np.array([layout.num_tokens]), [(0, self.shape.num_layers)])[0]
         return float(layers + layout.num_labels * self.shape.head_flops_per_row)
 
 

@@ -66,8 +66,9 @@ def stats(urls: list[str], source, out: Path, encoder: Encoder | None = None) ->
 
 
 def _by_group(counts_V: np.ndarray, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    text, special, codes = np.split(counts_V, [vocabulary.num_text, vocabulary.first_code])
-    return {"text": text, "special": special, "image codes": codes}
+    special = list(vocabulary.specials.values())
+    text = counts_V[vocabulary.is_text(np.arange(len(counts_V)))]
+    return {"text": text, "special": counts_V[special], "image codes": counts_V[vocabulary.first_code : vocabulary.end_code]}
 
 
 def _use(counts: np.ndarray) -> dict[str, float]:
