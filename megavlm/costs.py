@@ -65,8 +65,17 @@ class ModelShape:
         """``a``: forward FLOPs of one layer per token, attention scores excluded. Of experts the active ones count."""
         query_and_output = 2 * self.num_heads * self.head_width
         key_and_value = 2 * self.num_kv_heads * self.head_width
-        mlp = self.active_experts * self.mlp_matrices * self.mlp_width + self.num_experts
-        return 2 * self.width * (query_and_output + key_and_value + mlp)
+        return 2 * self.width * (query_and_output + key_and_value) + self.mlp_flops_per_token
+
+    @property
+    def asking_flops_per_token(self) -> int:
+        """The part of ``a`` that a token costs by asking: the projections of its query and of what attention answers."""
+        return 2 * self.width * 2 * self.num_heads * self.head_width
+
+    @property
+    def mlp_flops_per_token(self) -> int:
+        """The part of ``a`` that the MLP costs; of experts the active ones, and the router before them."""
+        return 2 * self.width * (self.active_experts * self.mlp_matrices * self.mlp_width + self.num_experts)
 
     @property
     def layer_flops_per_square(self) -> int:
@@ -97,19 +106,30 @@ class ModelShape:
         """Forward FLOPs of the output head per labelled row."""
         return 2 * self.width * self.vocabulary_size
 
-    def layers_flops(self, active_tokens, attended_tokens=None, bias_columns: ArrayLike = 0) -> np.ndarray:
+    def layers_flops(
+        self,
+        active_tokens,
+        attended_tokens=None,
+        bias_columns: ArrayLike = 0,
+        *,
+        silent_tokens: ArrayLike = 0,
+        tokens_without_mlp: ArrayLike = 0,
+    ) -> np.ndarray:
         """Forward FLOPs of one layer for sequences of these lengths: ``a·L + b·L²``.
 
         Args:
             active_tokens: L of each sequence.
             attended_tokens: With tokens that give keys and values only; they go through projections of their own.
             bias_columns: Columns that attention adds to carry a bias per key.
+            silent_tokens: How many of L give only keys and values, by the layer's own projections.
+            tokens_without_mlp: How many of L do not go through the MLP.
         """
         active = np.asarray(active_tokens, dtype=np.float64)
         attended = active if attended_tokens is None else np.asarray(attended_tokens, dtype=np.float64)
         injected = self.injection_flops_per_token * (attended - active)
         square = self.layer_flops_per_square * (1 + np.asarray(bias_columns) / self.head_width)
-        return self.layer_flops_per_token * active + injected + square * attended**2
+        saved = self.asking_flops_per_token * np.asarray(silent_tokens) + self.mlp_flops_per_token * np.asarray(tokens_without_mlp)
+        return self.layer_flops_per_token * active - saved + injected + square * attended**2
 
 
 def _windows(config) -> tuple[int | None, ...]:

@@ -62,6 +62,8 @@ def policies(num_layers: int) -> dict[str, tuple[p.Policy, p.Policy]]:
         "tread": (tread(), tread()),
         "shared_bypass": (p.SharedBypass(keep_ratio=0.25), p.SharedBypass(keep_ratio=0.5)),
         "shared_bypass, redundancy": (p.SharedBypass(keep_ratio=0.25, selector="redundancy"), p.SharedBypass()),
+        "visible_bypass": (p.VisibleBypass(keep_ratio=0.25), p.VisibleBypass()),
+        "sparse_mlp": (p.SparseMLP(), p.SparseMLP()),
         "mixture_of_depths": (p.MixtureOfDepths(), p.MixtureOfDepths()),
         "merge": (p.Merge(at_layer=1), dense),
         "kv_injection, both": (p.KVInjection(), p.KVInjection()),

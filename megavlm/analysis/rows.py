@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megavlm.data.pack.pack import Pack
+from megavlm.routing.policies import PARTIAL
 from megavlm.routing.route import Route, Stage
 from megavlm.routing.tasks import TASKS
 from megavlm.vocabulary import Vocabulary
@@ -90,8 +91,8 @@ def _of_stage(stage: Stage, pack: Pack, kinds_T, ends, *, chosen, num_rows: int,
     for injection in stage.injections:
         gives_keys[injection.rows_R.numpy()] = True
     rows_U = np.flatnonzero(gives_keys)
-    kinds_U, asks_U = kinds_T[rows_U], is_active[rows_U]
-    number_U = np.cumsum(asks_U) - 1  # among the active ones
+    kinds_U, asks_U = kinds_T[rows_U], (is_active & _asking_rows(stage, pack))[rows_U]
+    number_U = np.cumsum(is_active[rows_U]) - 1  # among the active ones
     bounds = np.searchsorted(rows_U, np.append(0, ends))
     sequences, counts_C2 = [], np.zeros((NUM_CELLS, 2))
     for s in chosen:
@@ -111,12 +112,24 @@ def _of_stage(stage: Stage, pack: Pack, kinds_T, ends, *, chosen, num_rows: int,
     return StageRows(layers, torch.from_numpy(kinds_U.astype(np.int64)), sequences, counts_C2)
 
 
+def _asking_rows(stage: Stage, pack: Pack) -> np.ndarray:
+    """A mask of the rows that are known to ask in a stage; where the device chooses which tokens only show their keys, none of those."""
+    asks = np.full(pack.num_tokens, stage.asking_K is None)
+    if stage.asking_K is not None:
+        asks[stage.asking_K.numpy()] = True
+        for choice in stage.choices:
+            asks[pack.route.candidates[choice.task].rows_C.numpy()] |= choice.plan.how != "show"
+    return asks
+
+
 def active_rows(stage: Stage, route: Route, num_rows: int) -> np.ndarray:
     """A mask of the rows active in a stage ``[num_rows]``; where the device chooses, the first ones of a span stand for the chosen."""
     is_active = np.ones(num_rows, bool) if stage.active_K is None else np.zeros(num_rows, bool)
     if stage.active_K is not None:
         is_active[stage.active_K.numpy()] = True
     for choice in stage.choices:
+        if choice.plan.how in PARTIAL:
+            continue
         among = route.candidates[choice.task]
         starts = np.cumsum([0, *among.lengths])
         for start, kept in zip(starts, choice.kept):

@@ -42,14 +42,7 @@ def evaluate(model: TrainedModel, validation: ValidationConfig) -> dict[str, Any
         validation: Its held-out samples.
     """
     config = model.config
-    given = {"evaluation": SourceConfig(shards=config.shards)} if config.shards is not None else validation.sources
-    if not given or (config.benchmark is not None and config.shards is None):
-        raise ConfigError(
-            "evaluation.shards is not set, and there are no validation.sources, so there is nothing to judge with\n"
-            "  do:    name held-out shards: --evaluation.shards=data/mine/held-out/000000.tar; with a benchmark also"
-            " --evaluation.benchmark=digits"
-        )
-    samples = [sample for name, source in given.items() for sample in _samples(name, source, model, validation.max_samples)]
+    samples = samples_to_judge(model, validation)
     result: dict[str, Any] = {"checkpoint": model.checkpoint.name, "route": config.route}
     benchmark = None
     if config.benchmark is None:
@@ -76,6 +69,23 @@ def evaluate(model: TrainedModel, validation: ValidationConfig) -> dict[str, Any
         board.picture("drawings", _picture_of(model), step_of(model.checkpoint))
     board.close()
     return result
+
+
+def samples_to_judge(model: TrainedModel, validation: ValidationConfig) -> list[Sample]:
+    """The held-out samples of ``evaluation.shards``, or else of a run's validation.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    config = model.config
+    given = {"evaluation": SourceConfig(shards=config.shards)} if config.shards is not None else validation.sources
+    if not given or (config.benchmark is not None and config.shards is None):
+        raise ConfigError(
+            "evaluation.shards is not set, and there are no validation.sources, so there is nothing to judge with\n"
+            "  do:    name held-out shards: --evaluation.shards=data/mine/held-out/000000.tar; with a benchmark also"
+            " --evaluation.benchmark=digits"
+        )
+    return [sample for name, source in given.items() for sample in _samples(name, source, model, validation.max_samples)]
 
 
 def _samples(name: str, source: SourceConfig, model: TrainedModel, max_samples: int) -> list[Sample]:

@@ -21,6 +21,7 @@ from megavlm.errors import ConfigError
 from megavlm.routing.gates import at_least_float32
 from megavlm.routing.plan import WIDEST_HEAD
 from megavlm.routing.route import BIAS_WIDTH, Sequences, Split
+from megavlm.routing.router import WHOLE, Parts
 from megavlm.routing.rows import take_rows
 
 NAME = "megavlm_varlen"
@@ -74,6 +75,8 @@ class Context:
     """Added to the scores of each key: the logarithm of how many tokens it stands for."""
     split: Split | None = None
     """With ``log_sizes_K``, where not every sequence has merged tokens."""
+    parts: Parts = WHOLE
+    """Which of the active rows do a part of the layer only; for observers."""
     observe: Callable | None = None
     """Called with queries, keys and values ``[K, heads, d]``, rotary embedding included, and the layer's `Scoring`."""
 

@@ -8,7 +8,8 @@ the rows of the next::
 
 Every pack calls the same modules in the same order, whatever it holds (P7).
 
-Letters: R rows that are injected or have features, F numbers of a feature, U active tokens and guests in order, G sums that are given.
+Letters: R rows that are injected, have features or are blocks, P codes of a block, F numbers of a feature, U active tokens and guests in
+order, G sums that are given.
 """
 
 import math
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megavlm.costs import ModelShape
 from megavlm.data.pack.pack import Pack
+from megavlm.data.pack.patches import ABSENT
 from megavlm.errors import ConfigError
 from megavlm.model import attention
 from megavlm.model.attention import Context, Guests
@@ -32,6 +34,7 @@ from megavlm.model.experts import RouterWatch, balance_losses, expert_blocks, im
 from megavlm.model.families import read_exact
 from megavlm.model.fusion import Part, fuse
 from megavlm.model.loss import chunked_loss
+from megavlm.model.partial import in_parts
 from megavlm.model.rotary import without_rotary
 from megavlm.routing.injection import Injector
 from megavlm.routing.phases import Phases
@@ -145,7 +148,8 @@ class Backbone(nn.Module):
             active = router.enter(stage)
             x_KD, *taken = router.take(active, *(table for of_kind in tables.values() for table in of_kind))
             rotary = dict(zip(tables, zip(taken[::2], taken[1::2])))
-            context = Context(stage.sequences, split=stage.split)
+            parts = router.parts(stage, active)
+            context = Context(stage.sequences, split=stage.split, parts=parts)
             if router.log_sizes_T is not None:
                 (context.log_sizes_K,) = router.take(active, router.log_sizes_T)[1:]
             places = _places(stage, active, len(embedding_TD)) if stage.injections else None
@@ -158,7 +162,10 @@ class Backbone(nn.Module):
                 if is_watched or observe:
                     without_places = partial(without_rotary, model, layer, cos_K, sin_K)
                     context.observe = _observer(
-                        router if is_watched else None, observe, layer, active, without_places=without_places, context=context
+                        partial(router.watch, active, parts.asking_P) if is_watched else None,
+                        partial(observe, layer, active) if observe else None,
+                        without_places=without_places,
+                        context=context,
                     )
                 x_KD = self._layer(layer, x_KD, (cos_K[None], sin_K[None]), replace(context))
             router.write(active, x_KD)
@@ -166,12 +173,23 @@ class Backbone(nn.Module):
 
     def _embed(self, pack: Pack) -> torch.Tensor:
         """Embeddings of the tokens, or what the reader makes of the features in their place."""
-        embedding_TD = embed(self.causal_lm, pack.tokens_T)
+        embedding_TD = self._embed_blocks(pack) if pack.has_patches else embed(self.causal_lm, pack.tokens_T)
         if self.reader is None:
             return embedding_TD
         # a pack without such images goes through the reader with no rows (P7)
         features_RF = pack.features_RF.view(-1, self.reader.in_features).to(embedding_TD.dtype)
         return embedding_TD.index_copy(0, pack.feature_rows_R, self.reader(features_RF))
+
+    def _embed_blocks(self, pack: Pack) -> torch.Tensor:
+        """Embeddings of the tokens, a block's being the mean of its codes'."""
+        num_blocks, num_codes = pack.patch_ids_RP.shape
+        # once for all: every rank calls the same modules equally often, whatever its packs hold (P7)
+        ids = torch.cat([pack.tokens_T, pack.patch_ids_RP.clamp(min=0).flatten()])
+        embedding_TD, of_codes = embed(self.causal_lm, ids).split([pack.num_tokens, num_blocks * num_codes])
+        is_code_RP1 = (pack.patch_ids_RP != ABSENT)[:, :, None].to(of_codes.dtype)
+        codes_RPD = of_codes.view(num_blocks, num_codes, of_codes.shape[1])
+        means_RD = (codes_RPD * is_code_RP1).sum(1) / is_code_RP1.sum(1)
+        return embedding_TD.index_copy(0, pack.patch_rows_R, means_RD)
 
     def _guests(self, stage: Stage, layer: int, places: tuple[torch.Tensor, torch.Tensor], embedding_TD: torch.Tensor) -> Guests:
         """Keys and values of a layer for rows that do not travel."""
@@ -179,11 +197,12 @@ class Backbone(nn.Module):
         k_RHd, v_RHd = (torch.cat(part) for part in zip(*parts))
         return Guests(k_RHd, v_RHd, *places, stage.injections[0].sequences)
 
-    def _layer(self, layer: int, x_KD: torch.Tensor, rotary: tuple, context) -> torch.Tensor:
+    def _layer(self, layer: int, x_KD: torch.Tensor, rotary: tuple, context: Context) -> torch.Tensor:
         module = self.causal_lm.model.layers[layer]
 
         def call(x_KD):
-            return module(x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, context=context)
+            with in_parts(module, context.parts):
+                return module(x_KD[None], attention_mask=None, position_embeddings=rotary, use_cache=False, context=context)
 
         if self.recomputes(layer) and torch.is_grad_enabled():
             # not the reentrant kind: that drops gradients when the input needs none
@@ -208,15 +227,15 @@ def _places(stage: Stage, active: torch.Tensor | None, num_tokens: int) -> tuple
     return torch.searchsorted(rows_U, rows_K), torch.searchsorted(rows_U, rows_R)
 
 
-def _observer(router: Router | None, observe: Callable | None, layer: int, active, *, without_places: Callable, context: Context):
+def _observer(watch: Callable | None, observe: Callable | None, *, without_places: Callable, context: Context):
     """What a layer's attention calls: tells the router, or whoever observes the forward pass, or both."""
 
     def call(q_KHd, k_KHd, v_KHd, scoring):
-        if router is not None:
+        if watch is not None:
             groups = q_KHd.shape[1] // k_KHd.shape[1]
             q, k = without_places(q_KHd.detach(), k_KHd.detach())
-            router.watch(active, q, k.repeat_interleave(groups, dim=1))
+            watch(q, k.repeat_interleave(groups, dim=1))
         if observe is not None:
-            observe(layer, active, q_KHd, k_KHd, v_KHd, scoring, context)
+            observe(q_KHd, k_KHd, v_KHd, scoring, context)
 
     return call

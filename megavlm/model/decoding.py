@@ -19,8 +19,10 @@ from megavlm.model.attention import Context, Scoring
 from megavlm.model.backbone import Backbone
 from megavlm.model.decoding_start import check_start
 from megavlm.model.ends import embed, final_norm, kind_of, logits_of, rotary_tables
+from megavlm.model.partial import in_parts
 from megavlm.routing.gates import at_least_float32
 from megavlm.routing.route import Choice, Route, Stage
+from megavlm.routing.router import WHOLE, Parts
 
 
 class Decoder:
@@ -116,26 +118,33 @@ class Decoder:
         rows_B = torch.where(is_placeholder_B, self.starts_B + self.place_B, -1)
         for s, stage in enumerate(self.pack.route.stages):
             self._inject(backbone, stage, rows_B, embedding_BD)
-            is_active_B, gate_B = self._decide(backbone, s, stage, rows_B, h_BD=h_BD)
-            if is_active_B is None:
-                chosen_K, num_keys = self.all_B, self.longest
+            going = self._decide(backbone, s, stage, rows_B, h_BD=h_BD)
+            if going is None:
+                chosen_K, num_keys, parts = self.all_B, self.longest, WHOLE
                 x_KD, rotary = h_BD, tables
             else:
                 # the host waits here, once a stage and token: for how many go on, and for their longest cache
                 lengths_B = self.caches[stage.first_layer].lengths_B
-                num_active, num_keys = torch.stack([is_active_B.sum(), (lengths_B + is_active_B).max()]).tolist()
+                most_keys = (lengths_B + going.active_B).max()
+                sums = torch.stack([most_keys, *(mask_B.sum() for mask_B in (going.active_B, going.asks_B, going.mlp_B))])
+                num_keys, num_active, num_asking, num_mlp = sums.tolist()
                 if num_active == 0:  # stock layers take no empty input; all ranks draw the same and skip together
                     continue
-                chosen_K = is_active_B.long().argsort(descending=True, stable=True)[:num_active]
+                chosen_K = _where(going.active_B, num_active)
+                asking_P = None if stage.asking_K is None else _where(going.asks_B[chosen_K], num_asking)
+                mlp_P = None if stage.mlp_K is None else _where(going.mlp_B[chosen_K], num_mlp)
+                parts = Parts(asking_P, mlp_P)
                 x_KD, rotary = h_BD[chosen_K], {kind: (cos_B[chosen_K], sin_B[chosen_K]) for kind, (cos_B, sin_B) in tables.items()}
             for layer in range(stage.first_layer, stage.end_layer):
                 context = CacheView(self.caches[layer], chosen_K, num_keys)
                 places = tuple(table[None] for table in rotary[kind_of(model, layer)])
-                x_KD = model.layers[layer](x_KD[None], attention_mask=None, position_embeddings=places, use_cache=False, context=context)[0]
-            if gate_B is not None:
+                with in_parts(model.layers[layer], parts):
+                    given = {"position_embeddings": places, "use_cache": False, "context": context}
+                    x_KD = model.layers[layer](x_KD[None], attention_mask=None, **given)[0]
+            if going is not None and going.gate_B is not None:
                 before_KD = h_BD[chosen_K]
-                x_KD = before_KD + gate_B[chosen_K, None].to(h_BD.dtype) * (x_KD - before_KD)
-            h_BD = x_KD if is_active_B is None else h_BD.index_copy(0, chosen_K, x_KD)
+                x_KD = before_KD + going.gate_B[chosen_K, None].to(h_BD.dtype) * (x_KD - before_KD)
+            h_BD = x_KD if going is None else h_BD.index_copy(0, chosen_K, x_KD)
         return self._logits(backbone, h_BD)
 
     def _inject(self, backbone: Backbone, stage: Stage, rows_B: torch.Tensor, embedding_BD: torch.Tensor) -> None:
@@ -148,26 +157,28 @@ class Decoder:
                 k_KHd, v_KHd = backbone.injectors[f"{injection.task}_{layer}"](embedding_BD[chosen_K])
                 self.caches[layer].append(chosen_K, k_KHd, v_KHd)
 
-    def _decide(
-        self, backbone: Backbone, s: int, stage: Stage, rows_B: torch.Tensor, *, h_BD: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Which sequences' tokens are active in a stage, None if all are, and what its outcome is scaled by, if by anything."""
-        gate_B = None
-        if stage.active_K is None:
-            return None, gate_B
-        is_active_B = self._stand_at(rows_B, stage.active_K) | (rows_B < 0)
+    def _decide(self, backbone: Backbone, s: int, stage: Stage, rows_B: torch.Tensor, *, h_BD: torch.Tensor) -> "_Going | None":
+        """Which sequences' tokens go through a stage, and through what of it; None if all go through everything."""
+        if stage.active_K is None and stage.asking_K is None and stage.mlp_K is None:
+            return None
+        active_B, asks_B, mlp_B = (self._stand_among(rows_B, rows_K) for rows_K in (stage.active_K, stage.asking_K, stage.mlp_K))
+        going = _Going(active_B, active_B & asks_B, active_B & mlp_B)
         for choice in stage.choices:
             if choice.plan.how == "gate":
                 logit_B = at_least_float32(backbone.gates[f"{choice.task}_{stage.first_layer}"](h_BD)[:, 0])
                 is_candidate_B, goes_B = self.gates[s, choice.task].decide(rows_B, logit_B > 0)
-                is_active_B = is_active_B | (is_candidate_B & goes_B)
-                gate_B = logit_B.new_ones(len(rows_B)) if gate_B is None else gate_B
-                gate_B = torch.where(is_candidate_B, logit_B.sigmoid(), gate_B)
+                going.add(is_candidate_B & goes_B)
+                gate_B = logit_B.new_ones(len(rows_B)) if going.gate_B is None else going.gate_B
+                going.gate_B = torch.where(is_candidate_B, logit_B.sigmoid(), gate_B)
             else:
                 # of the spans that may be fed, all tokens are active or none: `check_start` has refused the others
                 rows_C = self.pack.route.candidates[choice.task].rows_C
-                is_active_B = is_active_B | self._stand_at(rows_B, rows_C, choice.quota_C > 0)
-        return is_active_B, gate_B
+                going.add(self._stand_at(rows_B, rows_C, choice.quota_C > 0))
+        return going
+
+    def _stand_among(self, rows_B: torch.Tensor, rows_K: torch.Tensor | None) -> torch.Tensor:
+        """Which of some rows are among others, None being all, or are text behind the sequences."""
+        return torch.ones_like(rows_B, dtype=torch.bool) if rows_K is None else self._stand_at(rows_B, rows_K) | (rows_B < 0)
 
     def _stand_at(self, rows_B: torch.Tensor, rows_K: torch.Tensor, which_K: torch.Tensor | None = None) -> torch.Tensor:
         """Which of some rows are among others, ``which_K`` of those. (`torch.isin` makes the host wait.)"""
@@ -178,6 +189,28 @@ class Decoder:
 
     def _logits(self, backbone: Backbone, h_BD: torch.Tensor) -> torch.Tensor:
         return at_least_float32(logits_of(backbone.causal_lm, final_norm(backbone.causal_lm, h_BD)))
+
+
+@dataclass
+class _Going:
+    """Which of B tokens go through a stage."""
+
+    active_B: torch.Tensor
+    asks_B: torch.Tensor
+    """Which of the active ones do more than give keys and values."""
+    mlp_B: torch.Tensor
+    """Which of the active ones go through the MLP."""
+    gate_B: torch.Tensor | None = None
+    """What the stage's outcome is scaled by, if by anything."""
+
+    def add(self, is_chosen_B: torch.Tensor) -> None:
+        """Tokens that go through everything."""
+        self.active_B, self.asks_B, self.mlp_B = (mask_B | is_chosen_B for mask_B in (self.active_B, self.asks_B, self.mlp_B))
+
+
+def _where(mask_B: torch.Tensor, num: int) -> torch.Tensor:
+    """Where a mask with ``num`` set places is set; the host need not wait for how many those are."""
+    return mask_B.long().argsort(descending=True, stable=True)[:num]
 
 
 class _GateCounts:

@@ -25,6 +25,11 @@ def check_start(pack: Pack, prompt_lengths: Sequence[int]) -> None:
     Raises:
         MegavlmError: Naming the sequence, what is missing, and where to begin instead.
     """
+    if pack.has_patches:
+        raise MegavlmError(
+            "decoding: blocks of codes are single tokens under the policy patches, which trains and does not draw\n"
+            "  do:    go along the dense route: --evaluation.route=dense"
+        )
     lengths = np.array(pack.sequences.lengths)
     starts = np.cumsum(lengths) - lengths
     given_S = np.array(prompt_lengths)
@@ -56,8 +61,8 @@ def check_start(pack: Pack, prompt_lengths: Sequence[int]) -> None:
 
 
 def _check_choice(choice: Choice, among: Candidates, check) -> None:
-    needs_question = choice.plan.how == "select" and DEVICE_SELECTORS[choice.selector].needs_question
-    name = choice.selector if choice.plan.how == "select" else "merge"
+    needs_question = choice.plan.ranks and DEVICE_SELECTORS[choice.selector].needs_question
+    name = choice.selector if choice.plan.ranks else "merge"
     rows_C, span_C = among.rows_C.numpy(), among.span_C.numpy()
     for n, (length, kept) in enumerate(zip(among.lengths, choice.kept)):
         if kept in (0, length):  # content decides nothing

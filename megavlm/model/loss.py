@@ -1,4 +1,7 @@
-"""Next-token cross-entropy on labelled rows only, in chunks, as sums per group."""
+"""Next-token cross-entropy on labelled rows only, in chunks, as sums per group.
+
+Letters: P codes of a block.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from pydantic import Field
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from megavlm.data.pack.patches import ABSENT
 from megavlm.model.fusion import compiled
 from megavlm.routing.tasks import TaskName
 from megavlm.settings import Number, Positive, Settings
@@ -51,7 +55,7 @@ def chunked_loss(
     Args:
         head: Output projection, D → V.
         h_MD: Normalised hidden states of the labelled rows.
-        targets_M: Ids to predict.
+        targets_M: Ids to predict; ``[M, P]``, filled up with `ABSENT`, where a row predicts several.
         groups_M: Group of each row.
         num_groups: Number of groups.
         num_chunks: Calls of the head.
@@ -77,4 +81,10 @@ def _chunk_loss(head: Callable, cross_entropy: Callable, h_MD: torch.Tensor, tar
 
 
 def _cross_entropy(logits_MV: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits_MV.float(), targets_M, reduction="none")
+    logits_MV = logits_MV.float()
+    if targets_M.dim() == 1:
+        return functional.cross_entropy(logits_MV, targets_M, reduction="none")
+    # one softmax for all codes of a block
+    is_there_MP = targets_M != ABSENT
+    of_targets_MP = logits_MV.gather(1, targets_M.clamp(min=0))
+    return ((logits_MV.logsumexp(1)[:, None] - of_targets_MP) * is_there_MP).sum(1)

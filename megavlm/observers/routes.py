@@ -53,9 +53,14 @@ class Routes(Observer):
         before = backbone.observe
 
         def observe(layer, active, *rest):
-            if active is not None:
+            *_, context = rest
+            # rows that attend but skip the MLP, or only give keys and values, do not count
+            whole, rows = context.parts.mlp_P, active
+            if whole is not None:
+                rows = whole if active is None else active.index_select(0, whole)
+            if rows is not None:
                 is_active_LT[layer] = False
-                is_active_LT[layer, active.cpu().numpy()] = True
+                is_active_LT[layer, rows.cpu().numpy()] = True
             if before is not None:
                 before(layer, active, *rest)
 
@@ -95,7 +100,7 @@ class Routes(Observer):
             grid.axis("off")
             grid.set_title("layers that each token goes through", fontsize=8)
             layers.imshow(is_active_LP, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1.3)
-            layers.set_title(f"active (dark): {is_active_LP.mean():.0%} of layers x tokens", fontsize=8)
+            layers.set_title(f"goes through all of a layer (dark): {is_active_LP.mean():.0%} of layers x tokens", fontsize=8)
             layers.set_xlabel("token of the image, row by row", fontsize=8)
             layers.set_ylabel("layer", fontsize=8)
         figure.suptitle(f"the route at step {num_steps}", fontsize=10)

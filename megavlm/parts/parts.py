@@ -18,6 +18,7 @@ from megavlm.data.pack.sources import Source, State, make_sources
 from megavlm.data.read.urls import Opener
 from megavlm.data.tools.simulate import Situation
 from megavlm.engine.schedule import LearningRates
+from megavlm.errors import ConfigError
 from megavlm.image_tokenizers.build import ImageTokenizer, build_image_tokenizer
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.model.configuration import read_configuration
@@ -81,9 +82,10 @@ class Parts:
     @cached_property
     def phases(self) -> Phases:
         """The policies over the run; needs nothing that lies on the disk."""
-        shape = ModelShape.of(read_configuration(self.config.model.architecture, 1))
+        configuration = read_configuration(self.config.model.architecture, 1)
+        shape = ModelShape.of(configuration)
         phases = Phases(self.config.routing.phases_in(self.config.optimizer.num_steps), shape.num_layers)
-        phases.check_head_width(shape.head_width)
+        phases.check_model(shape.head_width, configuration.model_type)
         return phases
 
     @cached_property
@@ -95,6 +97,8 @@ class Parts:
     @cached_property
     def costing(self) -> Costing:
         """Costing of training packs."""
+        if self.phases.has_patches:
+            check_patches(self.phases, self.image_tokenizer)
         return Costing(self.phases, self.shape)
 
     @cached_property
@@ -110,8 +114,13 @@ class Parts:
         return None if route is None or route == evaluation.route else self._costing_of(route)
 
     def _costing_of(self, route: str) -> Costing:
-        policies = DENSE if route == "dense" else self.config.routing.trained
-        return Costing(Phases.always(*policies, self.shape.num_layers), self.shape)
+        phases = Phases.always(*(DENSE if route == "dense" else self.config.routing.trained), self.shape.num_layers)
+        if phases.has_patches:
+            raise ConfigError(
+                "evaluation: the policy patches is a way to train, and no route to judge or draw along\n"
+                "  do:    leave evaluation.route and evaluation.guidance_route at dense"
+            )
+        return Costing(phases, self.shape)
 
     @property
     def balance_weights(self) -> list[float]:
@@ -182,6 +191,27 @@ class Parts:
     def __getstate__(self) -> dict[str, Any]:
         # a SentencePiece model does not travel; workers tokenize on the CPU
         return {"config": self.config, "device": torch.device("cpu")}
+
+
+def check_patches(phases: Phases, tokenizer: ImageTokenizer) -> None:
+    """Refuse blocks of codes that no image consists of.
+
+    Raises:
+        ConfigError: If images are read as features, or a size does not divide the grid of codes.
+    """
+    for phase in phases.phases:
+        for task, policy in zip(("understanding", "generation"), phase.policies):
+            size = policy.patch_size
+            if size > 1 and task == "understanding" and tokenizer.feature_width:
+                raise ConfigError(
+                    f"{phase.place}.understanding: patches are means of codes, and this image tokenizer has images read as features\n"
+                    "  do:    choose another policy"
+                )
+            if tokenizer.height % size or tokenizer.width % size:
+                raise ConfigError(
+                    f"{phase.place}.{task}: patches of {size} x {size} cannot fill images of {tokenizer.height} x {tokenizer.width} codes\n"
+                    "  do:    choose a size that divides both"
+                )
 
 
 def situation_of(config: RunConfig) -> Situation:

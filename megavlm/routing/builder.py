@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megavlm.routing.plan import RoutingPlan
-from megavlm.routing.policies import LayerPlan
+from megavlm.routing.policies import PARTIAL, LayerPlan
 from megavlm.routing.route import Choice, Injection, PackLayout, Route, Sequences, Split, Stage
 from megavlm.routing.selectors import HOST_SELECTORS, Candidates
 from megavlm.routing.tasks import Task
@@ -55,7 +55,7 @@ class _RouteBuilder:
 
     def _stage(self, s: int, first: int, end: int) -> Stage:
         plans, kept_N = self.plan.plans[s], self.kept_sN[s]
-        is_active = np.ones(self.ends[-1], bool)
+        is_active, asks, goes_through_mlp = (np.ones(self.ends[-1], bool) for _ in range(3))
         choices = []
         for task, plan in enumerate(plans):
             # a task without spans chooses all the same: its modules must be called on every rank (P7)
@@ -65,24 +65,33 @@ class _RouteBuilder:
         # rows that are active whatever the device decides
         is_fixed = is_active.copy() if choices else is_active
         for n, (span, start, kept) in enumerate(zip(self.layout.spans, self.layout.starts, kept_N)):
-            rows = slice(start, start + span.length)
+            rows, how = slice(start, start + span.length), plans[span.task].how
+            is_kept: np.ndarray | bool = True
             if span.task in on_device:
-                # which ones is open, how many is not: the first ones stand for them in the lengths
-                is_fixed[rows], is_active[rows] = False, np.arange(span.length) < kept
+                is_kept = False  # which ones is open, how many is not
             elif kept < span.length:
-                is_active[rows] = is_fixed[rows] = self._select(n, plans[span.task], kept)
+                is_kept = self._select(n, plans[span.task], kept)
             else:
                 self.is_active_before[n][:] = True
+            goes_through_mlp[rows] = is_kept
+            if how != "skip_mlp":
+                asks[rows] = is_kept
+            if how not in PARTIAL:
+                # the first ones stand for open ones in the lengths
+                is_fixed[rows], is_active[rows] = is_kept, np.arange(span.length) < kept if span.task in on_device else is_kept
         injected = {task: self._injected(task) for task in (0, 1) if plans[task].how == "inject"}
         for rows in injected.values():
-            is_active[rows] = is_fixed[rows] = False
+            is_active[rows] = is_fixed[rows] = asks[rows] = goes_through_mlp[rows] = False
         sequences = self._sequences(is_active)
         active_K = None if is_fixed.all() else torch.from_numpy(np.flatnonzero(is_fixed))
         for rows in injected.values():
             is_active[rows] = True
         together = self._sequences(is_active) if injected else sequences
         injections = [Injection(task, torch.from_numpy(rows), together) for task, rows in injected.items()]
-        return Stage(first, end, sequences, active_K, choices, injections, split=self._split(s, is_active))
+        asking_K, mlp_K = (
+            None if (some == is_fixed).all() else torch.from_numpy(np.flatnonzero(some)) for some in (asks, goes_through_mlp)
+        )
+        return Stage(first, end, sequences, active_K, asking_K, mlp_K, choices, injections, split=self._split(s, is_active))
 
     def _select(self, n: int, plan: LayerPlan, kept: int) -> np.ndarray:
         """Active tokens of a span as its host selector chooses, as a mask."""
@@ -181,7 +190,7 @@ def _watch(stages: list[Stage]) -> None:
     is_wanted = False
     for stage in reversed(stages):
         stage.is_watched = is_wanted
-        leaves_out = stage.active_K is not None or bool(stage.choices)
+        leaves_out = stage.active_K is not None or stage.asking_K is not None or bool(stage.choices)
         is_wanted = (is_wanted and leaves_out) or any(choice.needs_attention for choice in stage.choices)
 
 

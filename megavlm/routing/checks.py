@@ -6,7 +6,7 @@ Tested by `tests/routing/test_route.py`.
 from collections.abc import Sequence
 
 from megavlm.errors import ConfigError
-from megavlm.routing.policies import LayerPlan, Policy
+from megavlm.routing.policies import LayerPlan, Policy, SharedBypass
 from megavlm.routing.selectors import DEVICE_SELECTORS, HOST_SELECTORS
 from megavlm.routing.tasks import TASKS, Task
 
@@ -58,14 +58,14 @@ def _mistake_of_share(plan: LayerPlan) -> Mistake:
 def _mistake_of_nesting(plan: LayerPlan, before: LayerPlan | None) -> Mistake:
     if not plan.nested or before is None or plan.how == "merge":
         return None
-    if plan.how != "select":
+    if not plan.ranks:
         return f"{plan.how} does not rank, so it cannot be nested", "leave nested=True to layers with a selector"
     if plan.keep_ratio > before.keep_ratio:
         return (
             f"nested=True keeps a share of what the layer before has, but {plan.keep_ratio} is more than its {before.keep_ratio}",
             "lower keep_ratio, or leave nested=True out",
         )
-    if before.keep_ratio < 1 and before.how != "select":
+    if before.keep_ratio < 1 and not before.ranks:
         return f"nested=True after a layer with {before.how}", "nest after layers with a selector only"
     return None
 
@@ -73,7 +73,7 @@ def _mistake_of_nesting(plan: LayerPlan, before: LayerPlan | None) -> Mistake:
 def _check_generation(policy: Policy, plans: Sequence[LayerPlan]) -> None:
     if any(plan.how == "merge" for plan in plans):
         raise ConfigError("routing.generation: merge would mix tokens with what they predict\n  do:    use it for understanding")
-    if plans[-1].keep_ratio < 1 and plans[-1].how != "inject":
+    if plans[-1].keep_ratio < 1 and plans[-1].how not in ("inject", "skip_mlp"):
         raise ConfigError(
             f"routing.generation: {policy.policy} drops tokens before their loss\n"
             "  do:    choose a policy whose tokens come back before the last layer, such as random_ltd"
@@ -110,8 +110,9 @@ def _check_merge(policy: Policy, plans: Sequence[LayerPlan]) -> None:
 
 def _check_shared(understanding: Policy, generation: Policy, of_task: Sequence[Sequence[LayerPlan]]) -> None:
     blocks = [[plan.draw for plan in plans] for plans in of_task]
-    if understanding.policy == generation.policy == "shared_bypass" and blocks[0] != blocks[1]:
+    is_shared = isinstance(understanding, SharedBypass) and understanding.policy == generation.policy
+    if is_shared and blocks[0] != blocks[1]:
         raise ConfigError(
-            "routing: shared_bypass has one block of layers for understanding and another for generation\n"
+            f"routing: {generation.policy} has one block of layers for understanding and another for generation\n"
             "  do:    give both the same first_layer and end_layer; only keep_ratio may differ"
         )

@@ -12,11 +12,13 @@ from numpy.typing import ArrayLike
 
 from megavlm.errors import ConfigError
 from megavlm.routing.checks import check_policies
-from megavlm.routing.policies import LayerPlan, Policy
+from megavlm.routing.policies import PARTIAL, LayerPlan, Policy
 from megavlm.routing.route import BIAS_WIDTH
 from megavlm.routing.selectors import DEVICE_SELECTORS
 from megavlm.routing.tasks import Task
 
+FUSED_QUERIES = ("phi3",)
+"""Families with one projection for queries, keys and values; tests/model/test_partial.py looks at all of them."""
 WIDEST_HEAD = 256
 """Columns of an attention head that kernels take at most (FlashAttention)."""
 
@@ -43,6 +45,7 @@ class RoutingPlan:
 
     def __init__(self, understanding: Policy, generation: Policy, num_layers: int, starts: Sequence[int] = ()):
         self.selectors = [understanding.selector_name, generation.selector_name]
+        self._patch_sizes = (understanding.patch_size, generation.patch_size)
         of_task = [understanding.layers(num_layers), generation.layers(num_layers)]
         check_policies(understanding, generation, of_task, num_layers)
         layer_plans = list(zip(*of_task, strict=True))
@@ -56,6 +59,17 @@ class RoutingPlan:
         self._ratios = np.where(keeps_spans, 1.0, ratios)
         self._injects = np.array([[plan.how == "inject" for plan in plans] for plans in self.plans])
         self._merges = np.array([[plan.how == "merge" for plan in plans] for plans in self.plans])
+        self._shows = np.array([[plan.how == "show" for plan in plans] for plans in self.plans])
+        self._skips_mlp = np.array([[plan.how in PARTIAL for plan in plans] for plans in self.plans])
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether blocks of codes are single tokens in training."""
+        return max(self._patch_sizes) > 1
+
+    def patch_sizes(self, strength: float) -> tuple[int, int]:
+        """Codes along each side of a token's block, for images that are read and that are drawn."""
+        return self._patch_sizes if strength else (1, 1)
 
     @property
     def num_stages(self) -> int:
@@ -74,6 +88,16 @@ class RoutingPlan:
         is_shorter_sN = self.kept_tokens(span_lengths, span_tasks, strength) < np.asarray(span_lengths, np.int64)
         return is_shorter_sN & self._merges[:, np.asarray(span_tasks, np.int64)]
 
+    def left_out(self, span_lengths: ArrayLike, span_tasks: ArrayLike, strength: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """How many tokens of N spans each stage leaves out: of everything, of asking, and of the MLP, ``[num_stages]`` each.
+
+        Tokens that do not ask do not go through the MLP either, and are counted in both.
+        """
+        lengths, tasks = np.asarray(span_lengths, np.int64), np.asarray(span_tasks, np.int64)
+        left_sN = lengths - self.kept_tokens(lengths, tasks, strength)
+        silent_sN, without_mlp_sN = left_sN * self._shows[:, tasks], left_sN * self._skips_mlp[:, tasks]
+        return (left_sN - without_mlp_sN).sum(1), silent_sN.sum(1), without_mlp_sN.sum(1)
+
     def layers_that(self, how: str, task: int) -> list[int]:
         """Layers whose plan for a task is of this kind: they have modules of their own."""
         return [layer for (a, b), p in zip(self.bounds, self.plans) if p[task].how == how for layer in range(a, b)]
@@ -90,13 +114,27 @@ class RoutingPlan:
             return True
         if plan.keep_ratio == 1 or strength == 0:
             return False
-        return plan.how == "merge" or (plan.how == "select" and self.selectors[task] in DEVICE_SELECTORS)
+        return plan.how == "merge" or (plan.ranks and self.selectors[task] in DEVICE_SELECTORS)
 
     def looks_at_attention(self, task: int, plan: LayerPlan) -> bool:
         """Whether a choice of the device ranks by queries or keys of the layer before."""
-        if plan.how == "select":
+        if plan.ranks:
             return DEVICE_SELECTORS[self.selectors[task]].needs_attention
         return plan.how == "merge"
+
+    def check_family(self, family: str) -> None:
+        """Refuse tokens that only show their keys and values where a model has one projection for these and queries.
+
+        Raises:
+            ConfigError: Naming the policy.
+        """
+        shows = any(plan.how == "show" and plan.keep_ratio < 1 for plans in self.plans for plan in plans)
+        if shows and family in FUSED_QUERIES:
+            raise ConfigError(
+                f"routing: a bypass whose tokens still give keys and values needs a projection for queries alone, and {family} has one for"
+                " all three\n"
+                "  do:    choose another policy, such as shared_bypass, or another family"
+            )
 
     def check_head_width(self, head_width: int) -> None:
         """Refuse a merge whose attention no kernel can compute.

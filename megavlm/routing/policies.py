@@ -28,10 +28,19 @@ class LayerPlan(NamedTuple):
     """Which ranking of the span's tokens decides. Layers with the same draw rank alike, so that a lower share keeps a subset."""
     nested: bool = False
     """Rank only tokens that were active in the layer before."""
-    how: Literal["select", "gate", "merge", "inject"] = "select"
-    """What decides or becomes of the others: a selector, a learned gate, merging into the kept ones, keys and values only."""
+    how: Literal["select", "gate", "merge", "inject", "skip_mlp", "show"] = "select"
+    """What decides or becomes of the others: a selector leaves them out; a learned gate does; they merge into the kept ones; they give only
+    keys and values, through projections of their own; they attend but skip the MLP; they only show their keys and values, by the layer's
+    own projections."""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether a selector ranks the tokens."""
+        return self.how in ("select", *PARTIAL)
 
 
+PARTIAL = ("skip_mlp", "show")
+"""Kinds of plans under which all tokens are active, and those that are not kept go through parts of the layer."""
 DENSE = LayerPlan()
 P = TypeVar("P", bound="type[Policy]")
 POLICIES: dict[str, type["Policy"]] = {}
@@ -54,6 +63,11 @@ class Policy(Settings):
     def selector_name(self) -> str:
         """Which tokens of a span stay; policies that leave the choice to the user have a field ``selector``."""
         return getattr(self, "selector", "random")
+
+    @property
+    def patch_size(self) -> int:
+        """Codes along each side of a block that is one token in training; 1 leaves every code a token."""
+        return 1
 
     def layers(self, num_layers: int) -> list[LayerPlan]:
         """The plan of each of ``num_layers`` layers."""
@@ -141,8 +155,8 @@ class RandomLTD(Policy):
         return [DENSE, *(LayerPlan(self.keep_ratio, layer) for layer in range(1, num_layers - 1)), DENSE]
 
 
-class Bypass(Policy):
-    """One subset runs through a block of layers, the rest bypasses the block."""
+class Block(Policy):
+    """Something happens in a block of layers; the others are dense."""
 
     keep_ratio: KeepRatio = 0.5
     """Share of the tokens inside the block."""
@@ -159,8 +173,18 @@ class Bypass(Policy):
             end += num_layers
         check_layers(f"{self.policy}.end_layer", end, num_layers)
         check_layers(f"{self.policy}.first_layer", self.first_layer, end - 1)
-        block = [LayerPlan(self.keep_ratio, draw=1)] * (end - self.first_layer)
-        return [DENSE] * self.first_layer + block + [DENSE] * (num_layers - end)
+        return [self._inside(layer) if self.first_layer <= layer < end else DENSE for layer in range(num_layers)]
+
+    def _inside(self, layer: int) -> LayerPlan:
+        """The plan of a layer of the block."""
+        raise NotImplementedError
+
+
+class Bypass(Block):
+    """One subset runs through a block of layers, the rest bypasses the block."""
+
+    def _inside(self, layer: int) -> LayerPlan:
+        return LayerPlan(self.keep_ratio, draw=1)
 
 
 @register_policy
@@ -187,6 +211,44 @@ class SharedBypass(Bypass):
     """First layer of the block, the same for both tasks."""
     end_layer: Annotated[Whole, Field(ge=-MOST, le=MOST)] = -1
     """First layer after the block, the same for both tasks; negative counts from the end."""
+
+
+@register_policy
+class VisibleBypass(SharedBypass):
+    """A shared bypass in which nobody is blind: tokens that skip the block still give keys and values to each of its layers, through
+    the layer's own norm and projections.
+
+    Ours. Inside a plain bypass a token sees only those that were kept, and at inference suddenly all. Here it sees all of them, as they
+    were when the block began; the keys and values cost 1.6% of a layer of a 7B model with grouped queries. The state of a skipped token
+    goes on as it was: the fusion of both states that SPRINT (arXiv 2510.21986) learns would need weights that a stock model lacks.
+    """
+
+    policy: Literal["visible_bypass"] = "visible_bypass"
+    first_layer: Count = 1
+    """First layer of the block, the same for both tasks; 0 is the model's first."""
+    selector: Selector = "stratified"
+    """Which tokens stay."""
+
+    def _inside(self, layer: int) -> LayerPlan:
+        return LayerPlan(self.keep_ratio, draw=1, how="show")
+
+
+@register_policy
+class SparseMLP(Block):
+    """All image tokens attend, a share of them skips the MLP; every layer draws anew (after Skip-Vision, arXiv 2503.17817, whose
+    redundant tokens skip it everywhere). The MLP is 87% of a 7B layer's FLOPs. No layer needs to be dense: every token is in each.
+    """
+
+    policy: Literal["sparse_mlp"] = "sparse_mlp"
+    keep_ratio: KeepRatio = 0.5
+    """Share of the tokens that go through the MLP."""
+    first_layer: Count = 1
+    """First layer of the block; 0 is the model's first."""
+    end_layer: Annotated[Whole, Field(ge=-MOST, le=MOST)] = -1
+    """First layer after the block; negative counts from the end, and the number of layers leaves none dense."""
+
+    def _inside(self, layer: int) -> LayerPlan:
+        return LayerPlan(self.keep_ratio, draw=layer, how="skip_mlp")
 
 
 @register_policy
@@ -241,6 +303,27 @@ class Merge(Policy):
         check_layers("merge.at_layer", self.at_layer, num_layers - 1)
         merged = LayerPlan(self.keep_ratio, draw=1, nested=True, how="merge")
         return [DENSE] * self.at_layer + [merged] * (num_layers - self.at_layer)
+
+
+@register_policy
+class Patches(Policy):
+    """Blocks of codes are single tokens for a part of the training, then every code is one again, in a model that is dense throughout.
+
+    A token is the mean of its codes' embeddings, and predicts all codes of the next block with one softmax: fewer tokens, no weights of
+    its own, nothing skipped (next patch prediction, arXiv 2412.15321; patch-level training, arXiv 2407.12665). A way to train only: set a
+    phase after it, or a dense finish. It has no warm-up: a block is one token or it is not.
+    """
+
+    policy: Literal["patches"] = "patches"
+    size: Annotated[Positive, Field(ge=2, le=16)] = 2
+    """Codes along each side of a block; must divide the rows and columns of the images."""
+
+    @property
+    def patch_size(self) -> int:
+        return self.size
+
+    def layers(self, num_layers: int) -> list[LayerPlan]:
+        return [DENSE] * num_layers
 
 
 def check_layers(setting: str, layer: int, highest: int) -> None:

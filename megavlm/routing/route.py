@@ -94,6 +94,10 @@ class Stage:
     """Boundaries of the active rows."""
     active_K: torch.Tensor | None
     """int64, ascending: active rows, those of choices left out; None where every row is active."""
+    asking_K: torch.Tensor | None = None
+    """Likewise the active rows that ask, which the others do not: those only give keys and values. None where every active row asks."""
+    mlp_K: torch.Tensor | None = None
+    """Likewise those that go through the MLP; None where every active row does."""
     choices: list[Choice] = field(default_factory=list)
     injections: list[Injection] = field(default_factory=list)
     is_watched: bool = False

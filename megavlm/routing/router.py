@@ -2,6 +2,7 @@
 
     active = router.enter(stage)          which rows (decided now, where that was left to the device)
     x_KD = router.take(active)            their hidden states
+    parts = router.parts(stage, active)   which of them ask, and which go through the MLP
     …the stage's layers…
     router.write(active, x_KD)            back into the stream
 
@@ -12,14 +13,29 @@ Nothing here makes the host wait: every size and every index that does not depen
 Tested by `tests/model/test_backbone.py`.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from megavlm.routing.gates import open_gates
 from megavlm.routing.merging import merge_spans
+from megavlm.routing.policies import PARTIAL
 from megavlm.routing.route import Choice, Route, Stage
 from megavlm.routing.rows import take_rows
 from megavlm.routing.selectors import DEVICE_SELECTORS, Candidates, Evidence, sort_by_span
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Places, among a stage's active rows, of those that go through some part of its layers; None is all of them."""
+
+    asking_P: torch.Tensor | None
+    """The others only give keys and values."""
+    mlp_P: torch.Tensor | None
+
+
+WHOLE = Parts(None, None)
 
 
 class Router:
@@ -54,10 +70,20 @@ class Router:
         """Active rows of a stage, ascending; None where that is all of them."""
         self.gate_T = None
         self._chosen = {choice.task: self._choose(choice, stage) for choice in stage.choices}
-        # choices leave rows open, so active_K is only None here if there are no candidates at all
-        if stage.active_K is None or not self._chosen:
-            return stage.active_K
-        return torch.cat([stage.active_K, *self._chosen.values()]).sort().values
+        return self._with_chosen(stage.active_K, stage, left_alone=PARTIAL)
+
+    def parts(self, stage: Stage, active: torch.Tensor | None) -> Parts:
+        """What the active rows of a stage, as `enter` gave them, do in its layers."""
+        asking = self._with_chosen(stage.asking_K, stage, left_alone=("skip_mlp",))
+        through_mlp = self._with_chosen(stage.mlp_K, stage)
+        places = [rows if rows is None or active is None else torch.searchsorted(active, rows) for rows in (asking, through_mlp)]
+        return Parts(*places)
+
+    def _with_chosen(self, rows_K: torch.Tensor | None, stage: Stage, left_alone: tuple[str, ...] = ()) -> torch.Tensor | None:
+        """Rows, and those that were chosen in a stage, but for kinds of plans that leave all their tokens among these rows anyway."""
+        chosen = [self._chosen[choice.task] for choice in stage.choices if choice.plan.how not in left_alone]
+        # choices leave rows open, so these are only None here if there are no candidates at all
+        return rows_K if rows_K is None or not chosen else torch.cat([rows_K, *chosen]).sort().values
 
     def take(self, active: torch.Tensor | None, *tables: torch.Tensor) -> list[torch.Tensor]:
         """The active rows of the residual stream and of the given tables."""
@@ -72,11 +98,14 @@ class Router:
             x_KD = before_KD + gate_K[:, None].to(x_KD.dtype) * (x_KD - before_KD)
         self.h_TD = x_KD if active is None else self.h_TD.index_copy(0, active, x_KD)
 
-    def watch(self, active: torch.Tensor | None, q_KHd: torch.Tensor, k_KHd: torch.Tensor) -> None:
+    def watch(self, active: torch.Tensor | None, asking_P: torch.Tensor | None, q_KHd: torch.Tensor, k_KHd: torch.Tensor) -> None:
         """Remember queries and keys of a stage's last layer, without rotary embedding, for the choices of the next.
 
-        Rows that were not active keep what they had: zeros, if they never were.
+        Rows that were not active, or did not ask, keep what they had: zeros, if they never did.
         """
+        if asking_P is not None:
+            q_KHd, k_KHd = take_rows(q_KHd, asking_P), take_rows(k_KHd, asking_P)
+            active = asking_P if active is None else active.index_select(0, asking_P)
         if active is None:
             self._q_THd = q_KHd
             self._k_THd = k_KHd

@@ -136,6 +136,18 @@ def stride(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     return score.astype(np.float64)
 
 
+@register_selector("stratified")
+def stratified(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """One of every 2 x 2 of the grid, drawn anew, stays first, then a second one of each: at a share of a quarter every place has a token
+    beside it (SPRINT, arXiv 2510.21986, keeps a part of every window likewise)."""
+    score = rng.random((height, width))
+    for top in range(0, height, 2):
+        for left in range(0, width, 2):
+            cell = score[top : top + 2, left : left + 2]
+            cell += cell.ravel().argsort().argsort().reshape(cell.shape)
+    return score.ravel()
+
+
 @register_selector("key_norm", on_device=True, needs_attention=True, needs_question=False)
 def key_norm(evidence: Evidence, candidates: Candidates) -> torch.Tensor:
     """Tokens with small keys stay: a small norm goes with much attention (Devoto et al., arXiv 2406.11430).

@@ -93,7 +93,9 @@ def test_sampled_rows_equal_eager_attention_of_transformers(model_type):
     assert_equals_naive(watch, naive(weights_LHTT, samples, np.ones((SHAPE.num_layers, num), bool)))
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("dense", "shared_bypass_stride", "one_kept")])
+@pytest.mark.parametrize(
+    "policy", [p for p in POLICIES if p not in ("dense", "shared_bypass_stride", "one_kept", "visible_bypass_question")]
+)
 def test_rows_are_those_of_the_stage_when_a_route_is_active(policy):
     """Against masks: choices on the device, merged tokens, injected keys and gates included."""
     samples, backbone = with_kinds(make_samples(MIXED)), make_backbone(policy)

@@ -29,9 +29,9 @@ from megavlm.system import world as world_module
 from megavlm.system.world import World
 from megavlm.training.trainer import Trainer
 from tests.cuda_without_gpu.device import META, Device, Mistake, OnDevice, on_device, value_of
-from tests.model.test_backbone import EVERY_POLICY, MIXED
+from tests.model.test_backbone import MIXED
 from tests.model.test_decoding import DRAWN
-from tests.routing.layouts import NUM_LAYERS, POLICIES, VOCABULARY, costing, make_pack, make_samples, phases
+from tests.routing.layouts import EVEN, NUM_LAYERS, PATCHES, POLICIES, VOCABULARY, costing, make_pack, make_samples, phases
 
 FACTORS = (0.3, 1.0, 2.0, 0.5)
 
@@ -52,26 +52,36 @@ def make_backbone(policy="dense", num_kv_heads=2, window=None, **options):
     return backbone
 
 
+def layout_for(policy):
+    return EVEN if policy in PATCHES else MIXED
+
+
 def loss_and_gradient(backbone, pack, factors_G):
     loss = (backbone(pack) * factors_G).sum()
     loss.backward()
     return loss, {name: parameter.grad for name, parameter in backbone.named_parameters() if parameter.grad is not None}
 
 
-@EVERY_POLICY
+AND_PATCHES = pytest.mark.parametrize("policy", [*POLICIES, *PATCHES])
+
+
+@AND_PATCHES
 @pytest.mark.parametrize("num_kv_heads", [2, 4])
 def test_on_meta(policy, num_kv_heads):
     backbone = make_backbone(policy, num_kv_heads).to(META)
-    pack = make_pack(MIXED, policy).map_tensors(lambda tensor: tensor.to(META))
+    pack = make_pack(layout_for(policy), policy).map_tensors(lambda tensor: tensor.to(META))
     loss, gradients = loss_and_gradient(backbone, pack, torch.empty(4, device=META))
     assert loss.device == META and len(gradients) > 40
     assert {gradient.dtype for gradient in gradients.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("policy", "window"), [*((policy, None) for policy in POLICIES), ("dense", 5), ("kv_injection_both", 5)])
+WINDOWED = [("dense", 5), ("kv_injection_both", 5)]
+
+
+@pytest.mark.parametrize(("policy", "window"), [*((policy, None) for policy in [*POLICIES, *PATCHES]), *WINDOWED])
 def test_nothing_waits_and_nothing_mixes_in_the_passes(policy, window):
     """Backbone, router and loss; the values are those of the CPU's own branch."""
-    pack, factors_G = make_pack(MIXED, policy), torch.tensor(FACTORS)
+    pack, factors_G = make_pack(layout_for(policy), policy), torch.tensor(FACTORS)
     expected, expected_gradients = loss_and_gradient(make_backbone(policy, window=window), pack, factors_G)
     backbone, pack, factors_G = on_device(make_backbone(policy, window=window)), on_device(pack), OnDevice(factors_G)
     with Device() as device:
@@ -79,12 +89,20 @@ def test_nothing_waits_and_nothing_mixes_in_the_passes(policy, window):
     assert float(value_of(loss).detach()) == pytest.approx(float(expected.detach()), rel=1e-2)
     assert device.calls["_varlen_attn"] >= NUM_LAYERS and device.calls["_varlen_attn_backward"] >= NUM_LAYERS
     assert gradients.keys() == expected_gradients.keys()
-    if policy in ("dense", "random_ltd", "shared_bypass", "kv_injection_both"):  # others decide by rounded scores
+    if policy in (
+        "dense",
+        "random_ltd",
+        "shared_bypass",
+        "visible_bypass",
+        "sparse_mlp",
+        "kv_injection_both",
+        "patches",
+    ):  # others decide by rounded scores
         ours, theirs = (torch.cat([value_of(g).float().flatten() for g in side.values()]) for side in (gradients, expected_gradients))
         assert functional.cosine_similarity(ours, theirs, dim=0) > 0.999
 
 
-@pytest.mark.parametrize("policy", ["dense", "pyramid_question", "mixture_of_depths", "merge_and_injection"])
+@pytest.mark.parametrize("policy", ["dense", "pyramid_question", "mixture_of_depths", "merge_and_injection", "visible_bypass_question"])
 def test_nothing_waits_where_layers_are_computed_again(policy):
     backbone = on_device(make_backbone(policy, activation_checkpointing=True))
     pack, factors_G = on_device(make_pack(MIXED, policy)), OnDevice(torch.tensor(FACTORS))
@@ -177,7 +195,7 @@ def test_decoding_waits_once_per_routed_stage_and_not_at_all_along_the_dense_rou
     moved = Decoder(model=backbone, samples=samples, prompt_lengths=begins, costing=costing(policy), device=torch.device("cpu"))
     moved.start()
     move(moved, on_device(make_backbone(policy)))
-    routed = [stage for stage in moved.pack.route.stages if stage.active_K is not None]
+    routed = [stage for stage in moved.pack.route.stages if not all(x is None for x in (stage.active_K, stage.asking_K, stage.mlp_K))]
     injections = sum(len(stage.injections) for stage in moved.pack.route.stages)
     for place in range(3):
         tokens_B = torch.tensor([sample.tokens[begin + place] for sample, begin in zip(samples, begins)])

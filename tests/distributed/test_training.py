@@ -10,7 +10,7 @@ from tests.conftest import TINY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.work import train, train_each, train_on_each, train_with_extra
 from tests.model.test_experts import EXPERTS
-from tests.routing.layouts import POLICIES, costing, make_samples
+from tests.routing.layouts import PATCHES, POLICIES, costing, make_samples
 
 
 def assert_equal(first: dict, second: dict) -> None:
@@ -73,10 +73,18 @@ NO_LOSS = [[("image", 4, 4)], [("text", 7, 1)]]
 SINGLE_TOKEN = [[]]
 
 
-FEW = ("random_ltd", "pyramid_question", "mixture_of_depths", "kv_injection_both", "merge_and_injection")
+FEW = (
+    "random_ltd",
+    "pyramid_question",
+    "mixture_of_depths",
+    "kv_injection_both",
+    "merge_and_injection",
+    "visible_bypass",
+    "patches",
+)
 
 
-@pytest.mark.parametrize("policies", [FEW, pytest.param(tuple(POLICIES), marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("policies", [FEW, pytest.param(tuple(POLICIES | PATCHES), marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_ranks_with_wildly_different_packs_train_without_a_hang_and_as_one_process_does(config, policies):
     """P7: a rank without images, without one of the tasks, without a label, with a single token."""
     kinds = [TEXT_ONLY, READ_ONLY, DRAW_ONLY, SINGLE_TOKEN, NO_LOSS, READ_ONLY + DRAW_ONLY, TEXT_ONLY, NO_LOSS]
@@ -84,7 +92,7 @@ def test_ranks_with_wildly_different_packs_train_without_a_hang_and_as_one_proce
     def jobs(world_size):
         found = {}
         for policy in policies:
-            understanding, generation = POLICIES[policy]
+            understanding, generation = (POLICIES | PATCHES)[policy]
             overrides = {
                 "routing.understanding": understanding.model_dump(),
                 "routing.generation": generation.model_dump(),
@@ -137,6 +145,8 @@ def with_experts(family):
 
 
 def _pack(layout, policy, lane, step):
+    if policy in PATCHES:
+        layout = [[("IMAGE", 2, 2) if part == ("IMAGE", 1, 1) else part for part in sample] for sample in layout]
     return build_pack(make_samples(layout, seed=step), costing(policy), num_sources=2, lane=lane, step=step, seed=0)
 
 

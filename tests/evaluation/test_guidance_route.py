@@ -17,7 +17,8 @@ PROMPTS = ["a handwritten six", "draw a seven please", "nine"]
 GUIDANCE = 3.0
 ROUTES = {
     "random_ltd": {"policy": "random_ltd", "keep_ratio": 0.4},
-    "shared_bypass": {"policy": "shared_bypass", "keep_ratio": 0.25},
+    "visible_bypass": {"policy": "visible_bypass", "keep_ratio": 0.25},
+    "sparse_mlp": {"policy": "sparse_mlp", "keep_ratio": 0.3},
 }
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 from megavlm.routing import selectors as routing_selectors  # to record what chance decides, no more
 
 READ, DRAWN = 0, 1
+CHANCE = ("random", "stratified")
 
 
 class Plan(NamedTuple):
@@ -44,6 +45,10 @@ def documented_plans(policy, num_layers: int) -> list[Plan]:
         return [everything if i in (0, num_layers - 1) else Plan(policy.keep_ratio, i) for i in layers]
     if policy.policy in ("tread", "shared_bypass"):
         return [Plan(policy.keep_ratio, 1) if policy.first_layer <= i < end else everything for i in layers]
+    if policy.policy == "visible_bypass":
+        return [Plan(policy.keep_ratio, 1, how="show") if policy.first_layer <= i < end else everything for i in layers]
+    if policy.policy == "sparse_mlp":
+        return [Plan(policy.keep_ratio, i, how="skip_mlp") if policy.first_layer <= i < end else everything for i in layers]
     if policy.policy == "mixture_of_depths":
         return [Plan(policy.keep_ratio, i, how="gate") if i % 2 and i < num_layers - 1 else everything for i in layers]
     if policy.policy == "kv_injection":
@@ -55,18 +60,21 @@ def documented_plans(policy, num_layers: int) -> list[Plan]:
 
 @contextmanager
 def recorded_chance():
-    """What the selector `random` hands out meanwhile."""
-    original, drawn = routing_selectors.HOST_SELECTORS["random"], []
+    """What the selectors of chance hand out meanwhile."""
+    originals, drawn = {name: routing_selectors.HOST_SELECTORS[name] for name in CHANCE}, []
 
-    def recording(height, width, rng):
-        drawn.append(original(height, width, rng))
-        return drawn[-1]
+    def recording(name):
+        def select(height, width, rng):
+            drawn.append(originals[name](height, width, rng))
+            return drawn[-1]
 
-    routing_selectors.HOST_SELECTORS["random"] = recording
+        return select
+
+    routing_selectors.HOST_SELECTORS.update({name: recording(name) for name in CHANCE})
     try:
         yield drawn
     finally:
-        routing_selectors.HOST_SELECTORS["random"] = original
+        routing_selectors.HOST_SELECTORS.update(originals)
 
 
 class Seen(NamedTuple):
@@ -142,7 +150,7 @@ class Reference:
 
     def streams(self) -> list[torch.Tensor]:
         """The residual stream of every document after the last layer ``[n, D]``."""
-        self.gate_loss, self.active, self.attention = 0.0, [[] for _ in self.samples], [[] for _ in self.samples]
+        self.gate_loss, (self.active, self.attention, self.travelling) = 0.0, ([[] for _ in self.samples] for _ in range(3))
         return [self._document(d) for d in range(len(self.samples))]
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
@@ -174,6 +182,7 @@ class Reference:
         sizes, before, scores, merged = torch.ones(n, dtype=h.dtype), {}, {}, {}
         for layer in range(config.num_hidden_layers):
             active, guests, gate = set(range(n)), {}, torch.ones(n, dtype=h.dtype)
+            shown, without_mlp = set(), set()
             if self.plans[DRAWN][layer].how == "inject":
                 guests |= dict.fromkeys(prompt, DRAWN)
             for i, (start, height, wide, task) in enumerate(images):
@@ -193,8 +202,8 @@ class Reference:
                 else:
                     among = before.get(i, places) if plan.nested else places
                     name = getattr(self.policies[task], "selector", "random")
-                    if name == "random":
-                        chosen = self._by_chance(d, i, layer, places, among, kept, plan.draw)
+                    if name in CHANCE:
+                        chosen = self._by_chance(d, i, layer, places, among, kept, plan)
                     else:
                         if (i, plan.draw) not in scores:
                             end = start + len(places)
@@ -207,11 +216,18 @@ class Reference:
                         chosen = sorted(sorted(among, key=lambda p: (-key[p], p))[:kept])
                 assert len(chosen) == kept or plan.how == "inject"
                 before[i] = chosen
-                active -= set(places) - set(chosen)
+                left_out = set(places) - set(chosen)
+                if plan.how == "skip_mlp":
+                    without_mlp |= left_out
+                else:
+                    active -= left_out
+                    shown |= left_out if plan.how == "show" else set()
             active -= set(guests)
-            out, q, k = self._layer(layer, h, embedding, active, guests, sizes.log(), groups, width)
+            seen = active | shown
+            out, q, k = self._layer(layer, h, embedding, seen, guests, sizes.log(), groups, width, without_mlp=sorted(without_mlp))
             is_active = torch.tensor([p in active for p in range(n)])
             self.active[d].append(is_active)
+            self.travelling[d].append(len(seen))
             q_seen, k_seen = (torch.where(is_active[:, None, None], x.detach(), old) for x, old in ((q, q_seen), (k, k_seen)))
             h = torch.where(is_active[:, None], h + gate[:, None] * (out - h), h)
         return h
@@ -220,7 +236,7 @@ class Reference:
         share = 1 - (1 - plan.keep) * self.strength
         return 0 if share == 0 else max(1, math.ceil(length * share - 1e-9))
 
-    def _layer(self, layer, h, embedding, active, guests, log_sizes, groups, width):
+    def _layer(self, layer, h, embedding, active, guests, log_sizes, groups, width, *, without_mlp):
         """The outcome for every token as if it were active; queries and keys before rotary embedding."""
         n, name = len(h), f"layers.{layer}."
         x = self._norm(name + "input_layernorm", h)
@@ -252,7 +268,8 @@ class Reference:
         h = h + self._linear(name + "self_attn.o_proj", mixed.flatten(1))
         x = self._norm(name + "post_attention_layernorm", h)
         inner = functional.silu(self._linear(name + "mlp.gate_proj", x)) * self._linear(name + "mlp.up_proj", x)
-        return h + self._linear(name + "mlp.down_proj", inner), plain_q, plain_k
+        of_mlp = self._linear(name + "mlp.down_proj", inner)
+        return h + of_mlp.index_fill(0, torch.tensor(without_mlp, dtype=torch.int64), 0.0), plain_q, plain_k
 
     def _linear(self, name, x):
         bias = self.weights.get(f"causal_lm.model.{name}.bias")
@@ -269,11 +286,13 @@ class Reference:
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
-    def _by_chance(self, d, i, layer, places, among, kept, draw):
+    def _by_chance(self, d, i, layer, places, among, kept, plan):
         """What the route kept of an image, if a single ranking of this draw explains it here as in the layers before."""
         stage = next(stage for stage in self.route.stages if stage.first_layer <= layer < stage.end_layer)
         offset = sum(len(sample.tokens) for sample in self.samples[:d])
-        rows = None if stage.active_K is None else set(stage.active_K.tolist())
+        draw = plan.draw
+        rows_K = {"skip_mlp": stage.mlp_K, "show": stage.asking_K}.get(plan.how, stage.active_K)
+        rows = None if rows_K is None else set(rows_K.tolist())
         chosen = [p for p in places if rows is None or offset + p in rows]
         if kept == len(places):
             return chosen

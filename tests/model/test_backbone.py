@@ -13,7 +13,7 @@ from megavlm.data.pack.pack import Costing, build_pack
 from megavlm.errors import ConfigError
 from megavlm.model.backbone import Backbone, make_causal_lm
 from megavlm.routing.phases import Phases
-from megavlm.routing.policies import Merge, Pyramid, RandomLTD, SharedBypass, Tread
+from megavlm.routing.policies import Merge, Pyramid, RandomLTD, SharedBypass, SparseMLP, Tread, VisibleBypass
 from megavlm.routing.route import Route, Stage
 from megavlm.routing.selectors import DEVICE_SELECTORS, HOST_SELECTORS
 from tests.model.reference import Reference, make_exact, recorded_chance
@@ -87,8 +87,8 @@ def assert_equals_reference(backbone, samples, costing, policies, strength=1.0):
     # what the packer counted on is what took part
     for stage in pack.route.stages:
         for layer in range(stage.first_layer, stage.end_layer):
-            active = [int(of_document[layer].sum()) for of_document in reference.active]
-            assert [num for num in active if num] == stage.sequences.lengths
+            travelling = [of_document[layer] for of_document in reference.travelling]
+            assert [num for num in travelling if num] == stage.sequences.lengths
     routed = loss_and_gradients(backbone, lambda: backbone(pack))
     assert_close(routed, loss_and_gradients(backbone, reference.losses), TOLERANCE)
 
@@ -116,7 +116,9 @@ def test_router_equals_masks_when_the_schedule_keeps_everything(policy):
     assert_router_equals_masks(policy, MIXED, strength=0.0)
 
 
-@pytest.mark.parametrize("policy", ["random_ltd", "pyramid_question", "kv_injection_both", "merge", "mixture_of_depths"])
+@pytest.mark.parametrize(
+    "policy", ["random_ltd", "pyramid_question", "kv_injection_both", "merge", "mixture_of_depths", "sparse_mlp", "visible_bypass"]
+)
 def test_activation_checkpointing_changes_nothing(policy):
     pack = make_pack(MIXED, policy)
     storing, recomputing = make_backbone(policy), make_backbone(policy, activation_checkpointing=True)
@@ -188,7 +190,7 @@ def test_every_policy_without_parts_of_its_own_is_bit_identical_to_dense_when_it
 
 
 @pytest.mark.parametrize("selector", [*HOST_SELECTORS, *DEVICE_SELECTORS])
-@pytest.mark.parametrize("kind", [Pyramid, RandomLTD, Tread, SharedBypass, Merge])
+@pytest.mark.parametrize("kind", [Pyramid, RandomLTD, Tread, SharedBypass, SparseMLP, VisibleBypass, Merge])
 def test_a_share_of_one_is_bit_identical_to_dense(kind, selector):
     """P5, whatever the selector looks at."""
     options = {"at_layer": 1} if kind is Merge else {"selector": selector}

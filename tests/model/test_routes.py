@@ -10,21 +10,33 @@ from megavlm.data.pack.pack import Costing, build_pack
 from megavlm.errors import MegavlmError
 from megavlm.model.decoding import Decoder
 from megavlm.routing.phases import Phases
-from megavlm.routing.policies import Merge, MixtureOfDepths, Pyramid, RandomLTD, SharedBypass, Tread
+from megavlm.routing.policies import LateDrop, Merge, MixtureOfDepths, Pyramid, RandomLTD, SharedBypass, SparseMLP, Tread, VisibleBypass
 from tests.model.reference import CONTENT, Reference, recorded_chance
 from tests.model.test_backbone import EXACT, assert_equals_reference, backbone_of
 from tests.routing.layouts import DENSE, LAYOUTS, NUM_LAYERS, POLICIES, SHAPE, make_samples
 from tests.routing.odd import odd_routes
 
-BYPASSES = ((Tread, {"first_layer": 1, "end_layer": -1}), (SharedBypass, {}), (RandomLTD, {}), (Pyramid, {"num_parts": 3}))
+BYPASSES = (
+    (SparseMLP, {}),
+    (VisibleBypass, {}),
+    (Tread, {"first_layer": 1, "end_layer": -1}),
+    (SharedBypass, {}),
+    (RandomLTD, {}),
+    (Pyramid, {"num_parts": 3}),
+)
 SHIPPED = {
     f"{policy.__name__}, {selector}, {share}": (policy(selector=selector, keep_ratio=share, **options), DENSE)
     for policy, options in BYPASSES
-    for selector in ("random", "stride", *CONTENT)
+    for selector in ("random", "stratified", "stride", *CONTENT)
     for share in (0.4, 1.0)
-    if selector in ("random", "stride", "key_norm", "redundancy", "question_attention")
+    if selector in ("random", "stratified", "stride", "key_norm", "redundancy", "question_attention")
 }
 SHIPPED |= {"Merge, all": (Merge(at_layer=2, keep_ratio=1.0), DENSE), "gates, all": (MixtureOfDepths(keep_ratio=1.0), MixtureOfDepths())}
+SHIPPED |= {
+    "sparse_mlp_and_drop": (LateDrop(after_layer=2), SparseMLP(keep_ratio=0.3)),
+    "visible_bypass_and_gates": (VisibleBypass(keep_ratio=0.4), MixtureOfDepths(keep_ratio=0.3)),
+    "visible_bypass_and_merge": (Merge(at_layer=1), VisibleBypass()),
+}
 SHIPPED |= POLICIES
 
 
@@ -93,10 +105,13 @@ def test_decoding_users_policies_from_any_token_on(policies, layout, begins):
     assert_decodes(policies, layout, begins)
 
 
+PARTIAL = ("sparse_mlp", "sparse_mlp_and_drop", "visible_bypass", "visible_bypass_and_gates")
 HALF_DRAWN = [[("text", 4, 1), ("IMAGE", 4, 4), ("TEXT", 2, 1)], [("image", 2, 3), ("text", 2, 1), ("IMAGE", 3, 3), ("text", 9, 1)]]
 
 
-@pytest.mark.parametrize("name", ["dense", "mixture_of_depths", "late_drop_and_gates", "pyramid_question", "kv_injection_both", "merge"])
+@pytest.mark.parametrize(
+    "name", ["dense", "mixture_of_depths", "late_drop_and_gates", "pyramid_question", "kv_injection_both", "merge", *PARTIAL]
+)
 def test_going_on_from_the_middle_of_an_image_that_is_drawn(name):
     """Half of it given, none of it, all of it, and from the text before; what is read before is given."""
     assert sum(assert_decodes(SHIPPED[name], HALF_DRAWN, [0.2 + n / 12, 0.4 + n / 24]) for n in range(6)) > 100

@@ -15,10 +15,13 @@ from megavlm.routing.policies import (
     LateEntry,
     Merge,
     MixtureOfDepths,
+    Patches,
     Pyramid,
     RandomLTD,
     SharedBypass,
+    SparseMLP,
     Tread,
+    VisibleBypass,
 )
 from megavlm.routing.tasks import Task
 
@@ -46,12 +49,26 @@ POLICIES = {
     "merge": (Merge(at_layer=1), DENSE),
     "merge_and_injection": (Merge(at_layer=2, keep_ratio=0.7), KVInjection()),
     "late_drop_and_gates": (LateDrop(after_layer=2), MixtureOfDepths()),
+    "sparse_mlp": (SparseMLP(keep_ratio=0.3), SparseMLP(first_layer=0, end_layer=4)),
+    "sparse_mlp_and_injection": (SparseMLP(keep_ratio=0.3, selector="redundancy"), KVInjection()),
+    "visible_bypass": (VisibleBypass(keep_ratio=0.25), VisibleBypass(selector="random")),
+    "visible_bypass_question": (VisibleBypass(keep_ratio=0.4, selector="question_attention"), RandomLTD(keep_ratio=0.6)),
 }
+PATCHES = {"patches": (Patches(), Patches()), "patches_drawn": (DENSE, Patches(size=2))}
+"""They have other rows than their samples have tokens."""
+EVEN = [
+    [("image", 4, 4), ("text", 3, 1), ("TEXT", 2, 1)],
+    [("text", 4, 1), ("IMAGE", 4, 6)],
+    [("TEXT", 5, 1)],
+    [],
+    [("image", 2, 2), ("IMAGE", 2, 4), ("TEXT", 1, 1), ("image", 2, 6), ("TEXT", 2, 1)],
+]
+"""A layout that blocks of 2 x 2 can fill."""
 
 
 def phases(policy: str, strength: float = 1.0) -> Phases:
     """A policy in full, or in part, in every step."""
-    return Phases.always(*POLICIES[policy], NUM_LAYERS, strength)
+    return Phases.always(*(POLICIES | PATCHES)[policy], NUM_LAYERS, strength)
 
 
 def costing(policy: str, strength: float = 1.0) -> Costing:

@@ -44,7 +44,7 @@ def _follows_the_text(seen: Seen) -> list[float]:
 CONTENT["follows_the_text"] = _follows_the_text
 
 SHARES = st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0])
-HOWS = st.sampled_from(["select"] * 5 + ["gate"])
+HOWS = st.sampled_from(["select"] * 5 + ["gate", "skip_mlp", "show"])
 
 
 @st.composite
@@ -59,7 +59,8 @@ def odd_policies(draw, is_drawn: bool) -> Odd:
         plans.append((share, draw(st.integers(0, 2)), nested, how))
     if is_drawn:
         plans[-1] = (1.0, 0, False, "select")
-    names = ["random", "stride"] if is_drawn else ["random", "stride", *CONTENT]
+    names = ["random", "stride", "stratified"]
+    names += [] if is_drawn else [*CONTENT]
     return Odd(plans=plans, selector=draw(st.sampled_from(names)))
 
 

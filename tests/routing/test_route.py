@@ -11,8 +11,9 @@ from megavlm.parts.parts import Parts
 from megavlm.routing.builder import build_route
 from megavlm.routing.phases import Phases
 from megavlm.routing.plan import RoutingPlan, num_kept
-from megavlm.routing.policies import Dense, LateDrop, Merge, Pyramid, RandomLTD, SharedBypass, Tread
+from megavlm.routing.policies import PARTIAL, Dense, LateDrop, Merge, Pyramid, RandomLTD, SharedBypass, Tread, VisibleBypass
 from megavlm.routing.route import PackLayout
+from megavlm.routing.selectors import stratified
 from megavlm.routing.tasks import Task
 from tests.routing.layouts import LAYOUTS, NUM_LAYERS, POLICIES, SHAPE, costing, make_pack, make_samples
 from tests.routing.odd import Odd
@@ -33,14 +34,20 @@ def test_counts_costs_and_boundaries_follow_from_lengths_alone(policy, layout, s
         assert lengths == other_stage.sequences.lengths and min(lengths) >= 1
         assert stage.sequences.cu_seqlens.tolist() == np.concatenate([[0], np.cumsum(lengths)]).tolist()
         num_layers = stage.end_layer - stage.first_layer
+        opened = [(choice.plan.how, sum(choice.kept)) for choice in stage.choices]
+        num_open = sum(num for _, num in opened)
+        # rows of a stage that do part of it
+        asking = sum(lengths) if stage.asking_K is None else len(stage.asking_K) + sum(num for how, num in opened if how != "skip_mlp")
+        through_mlp = sum(lengths) if stage.mlp_K is None else len(stage.mlp_K) + num_open
         if not stage.injections and "merge" not in policy:
-            assert flops == num_layers * SHAPE.layers_flops(lengths).sum()
-        num_open = sum(sum(choice.kept) for choice in stage.choices)
+            saved = SHAPE.asking_flops_per_token * (sum(lengths) - asking) + SHAPE.mlp_flops_per_token * (sum(lengths) - through_mlp)
+            assert flops == num_layers * (SHAPE.layers_flops(lengths).sum() - saved)
         num_injected = sum(len(injection.rows_R) for injection in stage.injections if injection.task == Task.GENERATION)
         fixed = np.arange(pack.num_tokens) if stage.active_K is None else stage.active_K.numpy()
-        assert (np.diff(fixed) > 0).all() and len(fixed) + num_open == sum(lengths)
+        num_left_open = sum(num for how, num in opened if how not in PARTIAL)
+        assert (np.diff(fixed) > 0).all() and len(fixed) + num_left_open == sum(lengths)
         # whole pack minus image tokens that are not kept and prompts that are injected
-        assert pack.num_tokens - sum(lengths) == pack.image_tokens.sum() - kept.sum() + num_injected
+        assert pack.num_tokens - through_mlp == pack.image_tokens.sum() - kept.sum() + num_injected
 
 
 @EVERY_POLICY
@@ -90,6 +97,20 @@ def test_stride_keeps_every_second_token_of_every_second_row():
     assert set(rows) == set(columns) == {0, 2, 4, 6}
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 6), (2, 2)])
+def test_stratified_keeps_one_of_every_two_by_two_and_draws_anew(height, width):
+    rng, masks = np.random.default_rng(0), []
+    for share in (1 / 4, 1 / 2, 3 / 4) * 5:
+        kept = np.argsort(stratified(height, width, rng))[: num_kept(np.array([height * width]), np.array([share]))[0]]
+        is_kept = np.zeros(height * width, bool)
+        is_kept[kept] = True
+        cells = is_kept.reshape(height // 2, 2, width // 2, 2).sum((1, 3))
+        assert (cells == 4 * share).all()
+        masks.append(is_kept.tobytes())
+    assert len(set(masks)) > 3
+    assert sorted(np.argsort(stratified(3, 5, rng))) == list(range(15))
+
+
 def test_tokens_with_a_loss_may_not_be_dropped_for_good():
     with pytest.raises(ConfigError, match="routing.generation: late_drop drops tokens before their loss"):
         RoutingPlan(Dense(), LateDrop(after_layer=2), 4)
@@ -115,7 +136,9 @@ def test_at_strength_zero_the_cost_is_the_dense_one():
         (Dense(), RandomLTD(keep_ratio=0.5, selector="key_norm"), "looks at what the model must predict"),
         (Dense(), Merge(at_layer=1), "merge would mix"),
         (Dense(), Pyramid(), "drops tokens before their loss"),
-        (SharedBypass(), SharedBypass(end_layer=-2), "one block of layers for understanding and another"),
+        (SharedBypass(), SharedBypass(end_layer=-2), "shared_bypass has one block of layers for understanding and another"),
+        (VisibleBypass(), VisibleBypass(first_layer=2), "visible_bypass has one block of layers for understanding and another"),
+        (Dense(), VisibleBypass(end_layer=4), "visible_bypass drops tokens before their loss"),
         (Tread(first_layer=0, end_layer=2, selector="key_norm"), Dense(), "the first layer has none"),
     ],
 )

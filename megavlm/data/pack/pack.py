@@ -1,6 +1,6 @@
 """The pack: one micro-batch of whole samples laid end to end, no padding, with its route. Tested by `tests/model/test_backbone.py`.
 
-Letters: R rows with features, F numbers of a feature.
+Letters: R rows with features, or of blocks; F numbers of a feature, P codes of a block.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +11,9 @@ import torch
 
 from megavlm.costs import ModelShape
 from megavlm.data.pack.encode import EncodedSample, Layout, Span
+from megavlm.data.pack.patches import ABSENT, Patches, Sizes, find_patches, layout_in_patches, sample_in_patches, targets_of
 from megavlm.data.read.sample import Coordinates
+from megavlm.errors import MegavlmError
 from megavlm.randomness import Purpose, stream
 from megavlm.routing.builder import build_route
 from megavlm.routing.phases import Moment, Phases
@@ -41,23 +43,27 @@ class Pack:
     rows_M: torch.Tensor
     """Rows that predict a token with a loss, ascending."""
     targets_M: torch.Tensor
-    """The ids they predict."""
+    """The ids they predict; ``[M, P]`` in packs with blocks, as `megavlm.data.pack.patches.targets_of` says."""
     groups_M: torch.Tensor
     """Which (source, task) each counts for: ``source * len(TASKS) + task``."""
     feature_rows_R: torch.Tensor
     """Rows that are read as features instead of the embedding of their token."""
     features_RF: torch.Tensor
     """Those features, float32; F is 0 if there are none."""
+    patch_rows_R: torch.Tensor
+    """Rows of blocks, which are the means of their codes' embeddings."""
+    patch_ids_RP: torch.Tensor
+    """Ids of those codes, `ABSENT` where a block has fewer; P is 0 in packs without blocks."""
     labels: np.ndarray
-    """Number of labelled rows per (source, task) ``[num_sources * len(TASKS)]``."""
+    """Number of labelled tokens, each code of a block one, per (source, task) ``[num_sources * len(TASKS)]``."""
     task_flops: np.ndarray
     """Forward FLOPs per stage, after routing, and of the output head, by the samples' task ``[num_stages + 1, len(TASKS)]``."""
     dense_flops: np.ndarray
     """Forward FLOPs without a route, head included, by the samples' task ``[len(TASKS)]``."""
     kept_tokens: np.ndarray
-    """Active image tokens per stage for understanding and generation ``[num_stages, 2]``."""
+    """Image tokens that go through all of each stage, for understanding and generation ``[num_stages, 2]``."""
     image_tokens: np.ndarray
-    """Image tokens for understanding and generation ``[2]``."""
+    """Codes of images, for understanding and generation ``[2]``."""
 
     @property
     def num_tokens(self) -> int:
@@ -79,8 +85,19 @@ class Pack:
         sequences, route = self.sequences.map_tensors(function), self.route.map_tensors(function)
         return replace(self, sequences=sequences, route=route, **tensors)
 
+    @property
+    def has_patches(self) -> bool:
+        """Whether blocks of codes may be single tokens."""
+        return self.patch_ids_RP.shape[1] > 0
+
     def with_dense_route(self) -> "Pack":
-        """The same tokens with every one of them active in every layer."""
+        """The same tokens with every one of them active in every layer.
+
+        Raises:
+            MegavlmError: If blocks of codes are single tokens: that pack has other rows without its route.
+        """
+        if self.has_patches:
+            raise MegavlmError("a pack of patches has no dense twin of as many rows\n  do:    compare a run with another policy")
         num_layers = self.route.stages[-1].end_layer
         return replace(self, route=Route([Stage(0, num_layers, self.sequences, None)]))
 
@@ -112,28 +129,39 @@ class Costing:
 
     def flops(self, layout: Layout, step: int) -> np.ndarray:
         """Forward FLOPs per stage, after routing, and of the output head ``[num_stages + 1]`` of one sample."""
-        return self._cached(layout, self.phases.moment(step))
+        return self._cached(*self.at(layout, step))
 
     def rows(self, layout: Layout, step: int) -> int:
         """Rows of one sample, summed over the layers: what is held of it for the backward pass grows with them."""
-        return self._cached_rows(layout, self.phases.moment(step))
+        return self._cached_rows(*self.at(layout, step))
+
+    def at(self, layout: Layout, step: int) -> tuple[Layout, Moment]:
+        """A sample as it is at a step, where blocks of its codes may be single tokens, and what its route depends on."""
+        moment = self.phases.moment(step)
+        sizes = self.phases.plans[moment.phase].patch_sizes(moment.strength)
+        return (layout_in_patches(layout, sizes) if max(sizes) > 1 else layout), moment
 
     def _rows(self, layout: Layout, moment: Moment) -> int:
-        return int((self.phases.layers_per_stage * sum(self._active_and_guests(layout, moment))).sum())
+        return int((self.phases.layers_per_stage * sum(self.active_and_guests(layout, moment))).sum())
 
     def _flops(self, layout: Layout, moment: Moment) -> np.ndarray:
-        active_s, guests_s = self._active_and_guests(layout, moment)
-        bias_s = BIAS_WIDTH * self.phases.plans[moment.phase].merged_spans(*_spans(layout), moment.strength).any(1)
-        stages = self.phases.layers_per_stage * self.shape.layers_flops(active_s, active_s + guests_s, bias_s)
+        active_s, guests_s = self.active_and_guests(layout, moment)
+        plan = self.phases.plans[moment.phase]
+        bias_s = BIAS_WIDTH * plan.merged_spans(*_spans(layout), moment.strength).any(1)
+        _, silent_s, without_mlp_s = plan.left_out(*_spans(layout), moment.strength)
+        of_layer_s = self.shape.layers_flops(
+            active_s, active_s + guests_s, bias_s, silent_tokens=silent_s, tokens_without_mlp=without_mlp_s
+        )
+        stages = self.phases.layers_per_stage * of_layer_s
         if self.shape.windows:
             stages = stages - self.shape.unseen_flops(active_s + guests_s, self.phases.bounds, bias_s)
         return np.append(stages, layout.num_labels * self.shape.head_flops_per_row)
 
-    def _active_and_guests(self, layout: Layout, moment: Moment) -> tuple[np.ndarray, np.ndarray]:
+    def active_and_guests(self, layout: Layout, moment: Moment) -> tuple[np.ndarray, np.ndarray]:
         """Rows of one sample in each stage: those that travel, and those that only give keys and values."""
         plan = self.phases.plans[moment.phase]
         lengths, tasks = _spans(layout)
-        dropped_s = lengths.sum() - plan.kept_tokens(lengths, tasks, moment.strength).sum(1)
+        dropped_s, _, _ = plan.left_out(lengths, tasks, moment.strength)
         prompt_s = layout.num_prompt * plan.injects(Task.GENERATION)
         guests_s = prompt_s + lengths[tasks == Task.UNDERSTANDING].sum() * plan.injects(Task.UNDERSTANDING)
         return layout.num_tokens - dropped_s - prompt_s, guests_s
@@ -156,6 +184,10 @@ def build_pack(samples: list[EncodedSample], costing: Costing, num_sources: int,
     """Lay samples end to end and route them. A pure function of its arguments."""
     moment = costing.phases.moment(step)
     plan = costing.phases.plans[moment.phase]
+    costs = np.array([costing.flops(sample.layout, step) for sample in samples])
+    dense_flops = np.array([costing.dense_flops(sample.layout) for sample in samples])
+    image_tokens = [sum(span.length for sample in samples for span in sample.spans if span.task == task) for task in range(2)]
+    patches, samples = _in_patches(samples, plan.patch_sizes(moment.strength))
     lengths = np.array([sample.num_tokens for sample in samples])
     offsets = np.cumsum(lengths) - lengths
     spans = [span for sample in samples for span in sample.spans]
@@ -174,7 +206,7 @@ def build_pack(samples: list[EncodedSample], costing: Costing, num_sources: int,
         labelled_rows=labelled,
         prompt_rows=np.concatenate([offset + sample.prompt_places for offset, sample in zip(offsets, samples)]),
     )
-    costs = np.array([costing.flops(layout, step) for layout in layouts])
+    targets = targets_of(labelled, tokens, patches)
     of_task = np.eye(len(TASKS))[[sample.task for sample in samples]]
     kept_sN = plan.kept_tokens([s.length for s in spans], [s.task for s in spans], moment.strength)
     span_tasks = np.array([span.task for span in spans], np.int64)
@@ -189,15 +221,29 @@ def build_pack(samples: list[EncodedSample], costing: Costing, num_sources: int,
         tokens_T=torch.from_numpy(tokens),
         positions_T=torch.from_numpy(np.arange(len(tokens)) - np.repeat(offsets, lengths)),
         rows_M=torch.from_numpy(labelled - 1),
-        targets_M=torch.from_numpy(tokens[labelled]),
+        targets_M=torch.from_numpy(targets),
         groups_M=torch.from_numpy(groups),
         **_features(spans, starts),
-        labels=np.bincount(groups, minlength=num_sources * len(TASKS)),
+        patch_rows_R=torch.from_numpy(patches.rows_R),
+        patch_ids_RP=torch.from_numpy(patches.ids_RP),
+        labels=_counted(groups, targets, num_sources * len(TASKS)),
         task_flops=costs.T @ of_task,
-        dense_flops=np.array([costing.dense_flops(layout) for layout in layouts]) @ of_task,
+        dense_flops=dense_flops @ of_task,
         kept_tokens=np.stack([kept_sN[:, span_tasks == task].sum(1) for task in range(2)], axis=1),
-        image_tokens=np.array([sum(span.length for span in spans if span.task == task) for task in range(2)]),
+        image_tokens=np.array(image_tokens),
     )
+
+
+def _in_patches(samples: list[EncodedSample], sizes: Sizes) -> tuple[Patches, list[EncodedSample]]:
+    short = [sample_in_patches(sample, sizes) for sample in samples] if max(sizes) > 1 else samples
+    return find_patches(samples, short, sizes), short
+
+
+def _counted(groups_M: np.ndarray, targets_M: np.ndarray, num_groups: int) -> np.ndarray:
+    """How many targets each group has."""
+    if targets_M.ndim == 2:
+        groups_M = np.repeat(groups_M, (targets_M != ABSENT).sum(1))
+    return np.bincount(groups_M, minlength=num_groups)
 
 
 def _features(spans: list[Span], starts: np.ndarray) -> dict[str, torch.Tensor]:
