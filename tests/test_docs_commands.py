@@ -46,6 +46,7 @@ ELSEWHERE = {
     r"megavlm (init|recipe)|python make_pictures\.py|torchrun .* train mine\.yaml": "tests/launch/test_init.py, tests/test_own_data.py",
     r"megavlm (ask|batch|serve)": "tests/talk",
     r"megavlm board": "tests/cli/test_board.py",
+    r"megavlm plan|(python|torchrun .*) tools/(calibrate|plan_error|longest_pack)\.py": "tests/planner",
     r"python tools/sweep_drawing\.py": "tests/tools/test_sweep_drawing.py",
     r"megavlm analyze": "tests/analysis",
     r"megavlm train digits --routing\.modules": "tests/routing/test_user_policy.py",

@@ -11,7 +11,7 @@ ORDER = (
     *("errors", "settings", "randomness", "system", "costs"),
     *("routing", "image_tokenizers", "vocabulary", "data.read", "data.pack", "data.tools"),
     *("model", "monitor", "runs", "engine", "evaluation", "benchmarks", "config"),
-    *("parts", "talk", "training", "analysis", "study", "observers", "launch", "cli"),
+    *("parts", "planner", "talk", "training", "analysis", "study", "observers", "launch", "cli"),
 )
 """Rooms and single files, the lowest first: each imports only those before it."""
 

@@ -50,11 +50,13 @@ def _of_group(words: str, group: Any) -> str:
     # a screen: the list is what one looks for
     while len("\n\n".join(about).splitlines()) + len(lines) > 19 and len(about) > 1:
         about.pop()
+    text = "\n\n".join(about)
+    gap = [""] if len(text.splitlines()) + len(lines) + 3 <= LINES else []
     return "\n".join(
         [
             f"usage: {words} COMMAND …",
-            "\n\n".join(about),
-            "",
+            text,
+            *gap,
             *lines,
             f"{words} COMMAND --help says more.{END if words == 'megavlm' else ''}",
         ]

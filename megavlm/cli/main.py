@@ -14,6 +14,7 @@ from megavlm.cli.data import DataCommands
 from megavlm.cli.help import help_of
 from megavlm.cli.interrupted import what_is_kept
 from megavlm.cli.judge import JudgeCommands
+from megavlm.cli.plan import PlanCommand
 from megavlm.cli.recipes import InitCommand, RecipeCommands
 from megavlm.cli.runs import CheckpointCommands, RunCommands
 from megavlm.cli.talk import TalkCommands
@@ -23,7 +24,7 @@ from megavlm.system.progress import Console, be_quiet
 # imports of the heavy parts stand in the commands, so that --help and mistakes answer at once
 
 
-class Commands(RunCommands, BoardCommands, InitCommand, TalkCommands):
+class Commands(RunCommands, BoardCommands, InitCommand, PlanCommand, TalkCommands):
     """Train unified vision-language models, spending fewer FLOPs on image tokens.
 
     A run is a recipe: a YAML file, or the name of one that ships with megavlm. Every setting of it can be changed on the
