@@ -169,6 +169,7 @@ def bench(
     pack_tokens: int = 2048,
     repeats: int = 9,
     sizes: str | tuple[str, ...] = "15M,50M",
+    arms: str | tuple[str, ...] = "dense,route",
     steps: int = 5,
     ranks: int = 2,
     out: str = "docs/results/bench_step.json",
@@ -182,6 +183,7 @@ def bench(
         pack_tokens: Tokens of its micro-batch.
         repeats: Turns.
         sizes: Models of `tools/bench_train.py`, for the engine.
+        arms: Its arms: dense, route.
         steps: Steps of the engine.
         ranks: Its processes.
         out: File to write.
@@ -191,9 +193,8 @@ def bench(
     if "parts" in _names(only):
         result["parts"] = measure_parts(width, num_layers, pack_tokens, repeats)
     if "engine" in _names(only):
-        result["engine"] = result.get("engine", {}) | {
-            size: {arm: measure_engine(size, arm, steps, ranks) for arm in ("dense", "route")} for size in _names(sizes)
-        }
+        measured = {size: {arm: measure_engine(size, arm, steps, ranks) for arm in _names(arms)} for size in _names(sizes)}
+        result["engine"] = result.get("engine", {}) | measured
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     if "parts" in result:
@@ -201,11 +202,10 @@ def bench(
         for name, row in result["parts"].items():
             print(f"| {name} | {row['time_share']:.0%} | {row['first_step_s']:.1f} s |")
     for size, found in result.get("engine", {}).items():
-        dense, route = found["dense"], found["route"]
-        print(f"\n| {size} | dense, {dense['step_s']:.2f} s | share | with a route, {route['step_s']:.2f} s | share |")
-        print("|---|---|---|---|---|")
-        for row in dense["shares"]:
-            print(f"| {row} |", " | ".join(f"{arm['seconds'][row]:.3f} s | {arm['shares'][row]:.2%}" for arm in (dense, route)), "|")
+        print(f"\n| {size} |", " | ".join(f"{arm}, {row['step_s']:.2f} s | share" for arm, row in found.items()), "|")
+        print("|---" * (1 + 2 * len(found)) + "|")
+        for stage in next(iter(found.values()))["shares"]:
+            print(f"| {stage} |", " | ".join(f"{row['seconds'][stage]:.3f} s | {row['shares'][stage]:.2%}" for row in found.values()), "|")
 
 
 if __name__ == "__main__":

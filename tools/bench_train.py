@@ -148,6 +148,7 @@ def summarize(arms: dict[str, dict]) -> dict[str, dict[str, float | None]]:
             "tokens_per_s": _median(turn["tokens"] / turn["seconds"] for turn in rounds),
             "samples_per_s": _median(turn["samples"] / turn["seconds"] for turn in rounds),
             "over_padded": _ratio(arm, arms.get("padded"), "tokens"),
+            "dense_over_this": _ratio(arms["dense"], arm, "tokens") if "dense" in arms else float("nan"),
             "tokens_per_step": statistics.mean(turn["tokens"] / turn["steps"] for turn in rounds),
             "padding": 1 - sum(turn["tokens"] for turn in rounds) / sum(turn["positions"] for turn in rounds),
             "mfu_dense_equivalent": _median(3 * turn["dense_flops"] / turn["seconds"] / arm["ceiling_flops_per_s"] for turn in rounds),
@@ -192,14 +193,15 @@ def table(size: str, regime: str, arms: dict[str, dict]) -> str:
     lines = [
         f"{size}, {regime} lengths ({REGIMES[regime]}); {len(next(iter(arms.values()))['turns']) - 1} rounds",
         "",
-        "| | tokens/s | over padded | samples/s | padding | tokens per step | MFU, executed | peak GiB per process"
-        f" | s to loss {target:.2f} |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | tokens/s | over padded | megavlm dense over this | samples/s | padding | tokens per step | MFU, executed"
+        f" | peak GiB per process | s to loss {target:.2f} |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         cells = [
             f"{row['tokens_per_s']:,.0f}",
             f"{row['over_padded']:.2f}",
+            f"{row['dense_over_this']:.2f}",
             f"{row['samples_per_s']:.1f}",
             f"{row['padding']:.0%}",
             f"{row['tokens_per_step']:,.0f}",

@@ -62,6 +62,7 @@ def test_figures_follow_from_what_was_measured():
     }
     rows = bench_train.summarize(arms)
     assert rows["dense"]["tokens_per_s"] == 100 and rows["dense"]["over_padded"] == 2
+    assert rows["dense"]["dense_over_this"] == 1 and rows["padded"]["dense_over_this"] == 2
     assert rows["padded"]["padding"] == pytest.approx(0.6)
     assert rows["dense"]["mfu_dense_equivalent"] == pytest.approx(0.3)
     assert rows["route"]["time_left"] == pytest.approx(0.6)
