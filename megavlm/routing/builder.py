@@ -102,7 +102,8 @@ class _RouteBuilder:
         if plan.nested:
             scores = np.where(self.is_active_before[n], scores, np.inf)
         self.is_active_before[n] = np.zeros(span.length, bool)
-        self.is_active_before[n][np.argsort(scores, kind="stable")[:kept]] = True
+        if kept:
+            self.is_active_before[n][np.argsort(scores, kind="stable")[:kept]] = True
         return self.is_active_before[n]
 
     def _choice(self, task: int, plan: LayerPlan, kept_N: np.ndarray) -> Choice:
@@ -128,10 +129,12 @@ class _RouteBuilder:
 
     def _split(self, s: int, gives_keys: np.ndarray) -> Split | None:
         """The sequences of a stage apart: those in which tokens are merged, and those in which none are."""
+        if not self.merged_sN[s].any():
+            return None
         owner_N = np.searchsorted(self.ends, self.layout.starts, side="right")
         is_merged_S = np.zeros(len(self.ends), bool)
         is_merged_S[owner_N[self.merged_sN[s]]] = True
-        if is_merged_S.all() or not is_merged_S.any():
+        if is_merged_S.all():
             return None
         counts_S = np.add.reduceat(gives_keys, self.ends - self.layout.lengths, dtype=np.int64)
         is_merged_U = np.repeat(is_merged_S, counts_S)

@@ -85,6 +85,8 @@ class RoutingPlan:
 
     def merged_spans(self, span_lengths: ArrayLike, span_tasks: ArrayLike, strength: float) -> np.ndarray:
         """In which of N spans tokens stand for several ``[num_stages, N]``: where a merge leaves fewer than there were."""
+        if not self._merges.any():
+            return np.zeros((self.num_stages, np.size(span_lengths)), bool)
         is_shorter_sN = self.kept_tokens(span_lengths, span_tasks, strength) < np.asarray(span_lengths, np.int64)
         return is_shorter_sN & self._merges[:, np.asarray(span_tasks, np.int64)]
 

@@ -83,6 +83,11 @@ class EncodedSample:
         return list(self.coordinates)
 
     @cached_property
+    def piece(self) -> list[int]:
+        """Pieces of its document and its length, for states; not to be changed."""
+        return [self.num_pieces, self.num_tokens]
+
+    @cached_property
     def layout(self) -> Layout:
         spans = tuple((span.length, span.task) for span in self.spans)
         return Layout(self.num_tokens, int(np.count_nonzero(self.has_loss)), len(self.prompt_places), spans)
@@ -126,7 +131,7 @@ class Run(NamedTuple):
 
 def num_tokens(runs: list[Run]) -> int:
     """Length of the sample that `Encoder.join` makes of them."""
-    return 2 + sum(len(run.ids) for run in runs)
+    return 2 + sum(map(len, [run.ids for run in runs]))
 
 
 class Encoder:
@@ -182,15 +187,20 @@ class Encoder:
 
     def join(self, sample: Sample, runs: list[Run]) -> EncodedSample:
         """``<bos> runs … <eos>``: some segments of a sample, or all of them."""
-        tokens, has_loss, tasks = (np.empty(num_tokens(runs), dtype) for dtype in (np.int64, bool, np.int8))
-        spans, end = [], 0
-        runs = [Run([self.vocabulary.bos], False, Task.TEXT), *runs]
-        for run in (*runs, runs[-1]._replace(ids=[self.vocabulary.eos], grid=None)):
-            begin, end = end, end + len(run.ids)
-            tokens[begin:end], has_loss[begin:end], tasks[begin:end] = run.ids, run.has_loss, run.task
-            if run.grid:
-                height, width = run.grid
-                spans.append(Span(begin + 1, height, width, run.has_loss, run.features))
+        length = num_tokens(runs)
+        tokens, has_loss, tasks = np.empty(length, np.int64), np.zeros(length, bool), np.full(length, Task.TEXT, np.int8)
+        tokens[0], tokens[-1] = self.vocabulary.bos, self.vocabulary.eos
+        spans, end = [], 1
+        for ids, run_has_loss, task, grid, features in runs:
+            begin, end = end, end + len(ids)
+            tokens[begin:end], tasks[begin:end] = ids, task
+            if run_has_loss:
+                has_loss[begin:end] = True
+            if grid:
+                height, width = grid
+                spans.append(Span(begin + 1, height, width, run_has_loss, features))
+        if runs:  # <eos> is of the last segment
+            has_loss[end:], tasks[end:] = runs[-1].has_loss, runs[-1].task
         return EncodedSample(sample.key, sample.coordinates, tokens, has_loss, tasks, tuple(spans), task=TASKS.index(sample.task))
 
     def _is_unconditional(self, coordinates: Coordinates) -> bool:

@@ -151,7 +151,7 @@ class Lane:
                 for number, (source, cursor, level) in enumerate(zip(self.sources, self.cursors, self.passes))
             },
             "waiting": [sample.place for sample in self.waiting],
-            "pieces": [[sample.num_pieces, sample.num_tokens] for sample in self.waiting],
+            "pieces": [sample.piece for sample in self.waiting],
         }
 
     def _beginning(self) -> State:

@@ -29,17 +29,17 @@ def encode_within(sample: Sample, encoder: Encoder, max_tokens: int, policy: Ove
     runs = encoder.runs(sample)
     if not _teaches(runs):
         raise DataError("the sample has nothing to learn: what has a loss is empty", "correct or remove the sample")
-    if num_tokens(runs) <= max_tokens:
+    if (length := num_tokens(runs)) <= max_tokens:
         return [encoder.join(sample, runs)], None
     if policy == "skip":
         return [], "skipped"
-    if policy == "truncate_text" and (shorter := _truncated(runs, encoder.vocabulary, num_tokens(runs) - max_tokens)):
+    if policy == "truncate_text" and (shorter := _truncated(runs, encoder.vocabulary, length - max_tokens)):
         return [encoder.join(sample, shorter)], "truncated"
     if policy == "split_images" and (pieces := _split(runs, max_tokens)):
         encoded = [encoder.join(_piece(sample, number), piece) for number, piece in pieces]
         return [replace(piece, num_pieces=len(pieces)) for piece in encoded], "split"
     raise DataError(
-        f"the sample has {num_tokens(runs)} tokens, a pack at most {max_tokens}"
+        f"the sample has {length} tokens, a pack at most {max_tokens}"
         + ("" if policy == "error" else f", and {policy} cannot make it fit"),
         "raise data.pack_tokens, shorten the sample, or choose another data.over_long",
     )

@@ -87,7 +87,8 @@ class _Search:
         # the last sample stands for none: it costs nothing
         self.costs_nc = np.zeros((len(costs_nc) + 1, costs_nc.shape[1] + 1))
         self.costs_nc[:-1, :-1], self.costs_nc[:-1, -1] = costs_nc, TOTAL_WEIGHT * costs_nc.sum(1)
-        self.sizes_bn = np.pad(sizes_bn, ((0, 0), (0, 1)))
+        self.sizes_bn = np.zeros((len(sizes_bn), sizes_bn.shape[1] + 1), sizes_bn.dtype)
+        self.sizes_bn[:, :-1] = sizes_bn
         self.kinds_n = kinds_n
         self.missing_c = np.append(target_c, TOTAL_WEIGHT * target_c.sum())
         self.room_b = bounds_b
@@ -151,7 +152,9 @@ class _Search:
         """All pairs of some samples outside by their total cost: indices ``[P, 2]``, costs ``[P, c]``, sizes ``[b, P]``."""
         outside = np.flatnonzero(~self.chosen)
         first = self._first_of_each_kind(outside)
-        second = self._first_of_each_kind(np.setdiff1d(outside, first, assume_unique=True))
+        is_left = ~self.chosen
+        is_left[first] = False
+        second = self._first_of_each_kind(np.flatnonzero(is_left))
         pairs_p2 = _pairs(rng.permutation(np.concatenate([first, second]))[:POOL])
         costs_pc = self.costs_nc[pairs_p2[:, 0]] + self.costs_nc[pairs_p2[:, 1]]
         order = np.argsort(costs_pc[:, -1])

@@ -6,52 +6,50 @@ mixture and evaluation read through `reading_shard` and `reading_sample`, so eac
 Tested by `tests/data/read/test_found.py`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from megavlm.errors import DataError, MegavlmError
 
 
-@contextmanager
-def reading_shard(source: str, url: str) -> Iterator[None]:
+class _Reading:
+    """A class, not a generator: it is entered for every sample."""
+
+    what, remedy = "", ""
+
+    def __init__(self, source: str, url: str, key: str = ""):
+        self.source = source
+        self.url = url
+        self.key = key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
+        if not isinstance(error, Exception) or (isinstance(error, MegavlmError) and not isinstance(error, DataError)):
+            return
+        if isinstance(error, DataError):
+            # what is known already is nearer
+            error.source, error.shard, error.key = error.source or self.source, error.shard or self.url, error.key or self.key
+            return
+        raise DataError(f"{self.what}: {_described(error)}", self.remedy, self.source, self.url, self.key) from error
+
+
+class reading_shard(_Reading):
     """Around everything that opens or reads a shard.
 
     Raises:
         DataError: With source and shard, for whatever was raised inside.
     """
-    with _place(source, url):
-        try:
-            yield
-        except MegavlmError:
-            raise
-        except Exception as error:
-            raise DataError(f"the shard is unreadable or cut short: {_described(error)}", "copy or write it again") from error
+
+    what, remedy = "the shard is unreadable or cut short", "copy or write it again"
 
 
-@contextmanager
-def reading_sample(source: str, url: str, key: str) -> Iterator[None]:
+class reading_sample(_Reading):
     """Around everything that parses or encodes a sample.
 
     Raises:
         DataError: With source, shard and key, for whatever was raised inside. Other errors that a user is meant to read pass.
     """
-    with _place(source, url, key):
-        try:
-            yield
-        except MegavlmError:
-            raise
-        except Exception as error:
-            raise DataError(f"the sample cannot be read: {_described(error)}", "correct or remove the sample") from error
 
-
-@contextmanager
-def _place(source: str, url: str, key: str = "") -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        # what is known already is nearer
-        error.source, error.shard, error.key = error.source or source, error.shard or url, error.key or key
-        raise
+    what, remedy = "the sample cannot be read", "correct or remove the sample"
 
 
 def _described(error: Exception) -> str:

@@ -11,6 +11,7 @@ there. Here every way of being incomplete is an error, and what is no regular fi
 
 import io
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -118,10 +119,19 @@ def _plain(header: bytes) -> tuple[bytes, str, int] | None:
     except ValueError:
         return None
     # the sum counts its own field as blanks
-    if size < 0 or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+    if size < 0 or checksum != _sum(header[:256]) + _sum(header[256:]) - sum(header[148:156]) + 8 * ord(" "):
         return None
-    name, prefix = (field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape") for field in (header[:100], header[345:500]))
-    return kind, f"{prefix}/{name}" if prefix else name, size
+    name = _text(header[:100])
+    return kind, f"{_text(header[345:500])}/{name}" if header[345] else name, size
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _sum(at_most_256: bytes) -> int:
+    """Of bytes, as the lower half of Adler-32 has it: so few do not reach its modulus. Several times as fast as ``sum``."""
+    return (zlib.adler32(at_most_256) & 0xFFFF) - 1
 
 
 def _fields(kind: bytes, content: bytes) -> Fields:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megavlm.data.read.compression import decompressed
-from megavlm.data.read.tar import read_members
+from megavlm.data.read.tar import _sum, read_members
 
 MAX_BYTES = 1200
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=120).map(lambda name: f"d/{name}.json")
@@ -101,3 +101,8 @@ def test_noise_is_an_error_or_what_tarfile_reads(entries, format, data):
     except (tarfile.TarError, EOFError, ValueError):
         return
     assert found == as_tarfile_reads(bytes(content))
+
+
+@given(st.binary(min_size=256, max_size=256) | st.sampled_from([b"\xff" * 256, bytes(256)]))
+def test_the_sum_of_half_a_header(half):
+    assert _sum(half) == sum(half)
