@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 from megavlm.routing.router import Parts
-from megavlm.routing.rows import take_rows
+from megavlm.routing.rows import put_rows, take_rows
+
+ANSWERS = ("o_proj", "dense")
+"""Names of the projection of what attention answers."""
 
 
 @contextmanager
@@ -24,13 +27,15 @@ def in_parts(layer: nn.Module, parts: Parts) -> Iterator[None]:
     attention makes of these is thrown away.
 
     Args:
-        layer: A stock layer with ``mlp`` and, if some of its rows do not ask, ``self_attn.q_proj`` and ``self_attn.o_proj``.
+        layer: A stock layer with ``mlp`` and, if some of its rows do not ask, a ``self_attn`` with ``q_proj`` and one of `ANSWERS`.
         parts: Which of the rows do what.
     """
     handles = []
     if parts.asking_P is not None:
-        for name in ("self_attn.q_proj", "self_attn.o_proj"):
-            handles += _restrict(layer.get_submodule(name), parts.asking_P)
+        attention = layer.get_submodule("self_attn")
+        answer = next(getattr(attention, name) for name in ANSWERS if hasattr(attention, name))
+        for module in (attention.get_submodule("q_proj"), answer):
+            handles += _restrict(module, parts.asking_P)
     if parts.mlp_P is not None:
         handles += _restrict(layer.get_submodule("mlp"), parts.mlp_P)
     try:
@@ -51,7 +56,6 @@ def _restrict(module: nn.Module, places_P: torch.Tensor) -> list:
         return (take_rows(x_1KD[0], places_P)[None],)
 
     def put(_module, _inputs, out_1PD: torch.Tensor) -> torch.Tensor:
-        zeros_KD = out_1PD.new_zeros(num_rows, *out_1PD.shape[2:])
-        return zeros_KD.index_copy(0, places_P, out_1PD[0])[None]
+        return put_rows(out_1PD[0], places_P, num_rows)[None]
 
     return [module.register_forward_pre_hook(take), module.register_forward_hook(put)]

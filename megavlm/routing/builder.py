@@ -84,13 +84,13 @@ class _RouteBuilder:
             is_active[rows] = is_fixed[rows] = asks[rows] = goes_through_mlp[rows] = False
         sequences = self._sequences(is_active)
         active_K = None if is_fixed.all() else torch.from_numpy(np.flatnonzero(is_fixed))
+        asking_K, mlp_K = (
+            None if (some == is_fixed).all() else torch.from_numpy(np.flatnonzero(some)) for some in (asks, goes_through_mlp)
+        )
         for rows in injected.values():
             is_active[rows] = True
         together = self._sequences(is_active) if injected else sequences
         injections = [Injection(task, torch.from_numpy(rows), together) for task, rows in injected.items()]
-        asking_K, mlp_K = (
-            None if (some == is_fixed).all() else torch.from_numpy(np.flatnonzero(some)) for some in (asks, goes_through_mlp)
-        )
         return Stage(first, end, sequences, active_K, asking_K, mlp_K, choices, injections, split=self._split(s, is_active))
 
     def _select(self, n: int, plan: LayerPlan, kept: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows of a pack that are taken once each: the backward pass copies them back instead of adding them up."""
+"""Rows of a pack that are taken once each, and put back: the backward pass copies them instead of adding them up."""
 
 import torch
 
@@ -13,6 +13,31 @@ def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         rows: int64, none of them twice.
     """
     return _Taken.apply(x, rows)
+
+
+def put_rows(x: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Rows ``[P, …]`` at their places among zeros ``[num_rows, …]``.
+
+    Nothing is saved for the backward pass. A recomputed layer stops at the last tensor that its forward pass saved. That has to be one of
+    the layer's own modules: these run under ZeRO-3's hooks, which would release what the backward pass is about to use.
+
+    Args:
+        x: ``[P, …]``.
+        rows: int64, none of them twice.
+        num_rows: How many there are in all.
+    """
+    return _Put.apply(x, rows, num_rows)
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rows, num_rows):
+        ctx.rows = rows
+        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.index_select(0, ctx.rows), None, None
 
 
 class _Taken(torch.autograd.Function):

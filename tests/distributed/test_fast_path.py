@@ -17,7 +17,7 @@ from tests.distributed.work import train, train_on_each
 from tests.routing.layouts import POLICIES
 
 KINDS = [TEXT_ONLY, READ_ONLY, DRAW_ONLY, SINGLE_TOKEN, NO_LOSS, READ_ONLY + DRAW_ONLY, TEXT_ONLY, NO_LOSS]
-ROUTED = ("mixture_of_depths", "kv_injection_both")
+ROUTED = ("mixture_of_depths", "kv_injection_both", "visible_bypass")
 
 
 def train_traced(world, *args):
@@ -30,7 +30,10 @@ def train_traced(world, *args):
 
 @pytest.mark.parametrize(
     ("world_size", "compiled"),
-    [(1, ["norm"]), pytest.param(2, ["norm", "rotary", "mlp", "loss"], marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    [
+        pytest.param(1, ["norm"], marks=pytest.mark.slow),
+        pytest.param(2, ["norm", "rotary", "mlp", "loss"], marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
 )
 def test_a_fast_run_resumes_bit_by_bit_and_its_checkpoint_is_read_without(make_config, tmp_path, world_size, compiled):
     fast = {"engine.leaf_modules": True, "model.compiled": compiled}

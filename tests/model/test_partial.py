@@ -6,6 +6,7 @@ import torch
 from megavlm.errors import ConfigError
 from megavlm.model import attention
 from megavlm.model.attention import Context
+from megavlm.model.ends import kind_of, rotary_tables
 from megavlm.model.families import EXACT, read_exact
 from megavlm.model.partial import in_parts
 from megavlm.model.proof import random_model
@@ -26,7 +27,8 @@ def layer_of(family: str):
     causal_lm.model.config._experts_implementation = "eager"  # the only one in float64
     causal_lm.config._attn_implementation = causal_lm.model.config._attn_implementation = attention.NAME
     x_TD = torch.randn(NUM_ROWS, causal_lm.config.hidden_size, dtype=torch.float64)
-    rotary = causal_lm.model.rotary_emb(x_TD[None], torch.arange(NUM_ROWS)[None])
+    tables = rotary_tables(causal_lm.model, x_TD, torch.arange(NUM_ROWS))
+    rotary = tuple(table[None] for table in tables[kind_of(causal_lm.model, 0)])
     layer = causal_lm.model.layers[0]
 
     @torch.no_grad()
@@ -72,5 +74,5 @@ def test_they_are_refused_when_the_recipe_is_read(make_config):
     route = {"routing.generation": {"policy": "visible_bypass"}}
     config = make_config({"model.architecture": architecture_of("phi3"), **route})
     with pytest.raises(ConfigError, match="phi3 has one for all three"):
-        _ = parts.Parts(config).plan
-    _ = parts.Parts(make_config({"model.architecture": architecture_of("qwen2"), **route})).plan
+        _ = parts.Parts(config).phases
+    _ = parts.Parts(make_config({"model.architecture": architecture_of("qwen2"), **route})).phases

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megavlm.routing.rows import take_rows
+from megavlm.routing.rows import put_rows, take_rows
 
 
 @pytest.mark.parametrize("shape", [(9,), (9, 4), (9, 2, 3)])
@@ -28,3 +28,14 @@ def test_the_backward_pass_adds_nothing_up():
     names = {event.key for event in profile.key_averages()}
     assert "aten::index_copy_" in names
     assert not {"aten::index_add_", "aten::index_add", "aten::scatter_add_"} & names
+
+
+def test_rows_are_put_among_zeros_and_nothing_is_saved():
+    """A recomputed layer would otherwise stop behind the module, after ZeRO-3 has released its weights."""
+    rows, saved = torch.tensor([4, 0, 2]), []
+    x_PD = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        put_KD = put_rows(x_PD, rows, 6)
+    assert put_KD.equal(torch.zeros(6, 2, dtype=torch.float64).index_copy(0, rows, x_PD)) and not saved
+    assert torch.autograd.gradcheck(lambda x: put_rows(x, rows, 6), x_PD)
+    assert put_rows(x_PD[:0], rows[:0], 4).equal(torch.zeros(4, 2, dtype=torch.float64))
