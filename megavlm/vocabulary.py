@@ -13,17 +13,16 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
 import tokenizers
-from pydantic import Field
 
 from megavlm.errors import ConfigError, MegavlmError
 from megavlm.image_tokenizers.build import ImageTokenizerConfig
 from megavlm.image_tokenizers.pixel import PixelTokenizerConfig
-from megavlm.settings import PathText, Settings
+from megavlm.settings import PathText, Positive, Settings
 from megavlm.system.files import copy_atomically, write_atomically
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ class TrainedIds(Settings):
     """The ids of a pretrained model that reads and draws image codes already, such as Liquid: its tokenizer has special tokens for images
     among the text, and codes follow each other in its embedding."""
 
-    first_code: Annotated[int, Field(ge=1, lt=2**31)]
+    first_code: Positive
     """Id of image code 0."""
     bos: str = "<bos>"
     """Name that the tokenizer has for the beginning of a sample."""

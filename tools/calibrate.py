@@ -158,7 +158,14 @@ def attentions(clock: Clock, model: Model, dtype: torch.dtype, rows: int) -> lis
         q, k, v = (torch.randn(number * length, n, shape.head_width, device=clock.world.device, dtype=dtype) for n in heads)
         gradient = torch.randn(number * length, shape.num_heads, shape.head_width, device=clock.world.device, dtype=dtype)
 
-        attend = partial(attention.packed_attention, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), sequences, scale=1.0)
+        attend = partial(
+            attention.packed_attention,
+            q.requires_grad_(),
+            k.requires_grad_(),
+            v.requires_grad_(),
+            sequences,
+            scoring=attention.Scoring(1.0),
+        )
 
         def work(attend=attend, gradient=gradient):
             attend().backward(gradient)

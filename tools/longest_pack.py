@@ -4,7 +4,7 @@
     python tools/longest_pack.py --out docs/results/longest_pack.json
 
 Measured: bytes that autograd keeps for a pack of one document, for a small model, at several lengths. Extrapolated: the recipe
-`liquid-7b` with a document as long as its pack, on 256 GPUs, for 1 to 4 GPUs that share a pack. Prints two tables.
+`unified-7b` with a document as long as its pack, on 256 GPUs, for 1 to 4 GPUs that share a pack. Prints two tables.
 Tested by `tests/planner/test_plan_error.py`.
 """
 
@@ -81,15 +81,15 @@ def measured(tokens: int) -> dict[str, Any]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         backbone.hidden_states(pack)
-    config = load_config("liquid-7b", {"model.activation_checkpointing": False})
+    config = load_config("unified-7b", {"model.activation_checkpointing": False})
     model = Model(config, causal_lm.config, ((0, shape.num_layers),), on_cuda=False)
     counted = activation_bytes(model, one_document(tokens, shape.num_layers))
     return {"tokens": tokens, "measured_bytes": sum(number for number, _ in kept.values()), "counted_bytes": counted}
 
 
 def longest(gpu: str, checkpointing: bool, shared: int) -> dict[str, Any]:
-    """The longest document of `liquid-7b` that fits, in steps of 1,024 tokens; and what 131,072 tokens would hold and take."""
-    config = load_config("liquid-7b", {"model.activation_checkpointing": checkpointing})
+    """The longest document of `unified-7b` that fits, in steps of 1,024 tokens; and what 131,072 tokens would hold and take."""
+    config = load_config("unified-7b", {"model.activation_checkpointing": checkpointing})
     described = read_configuration(config.model.architecture, config.model.architecture["vocab_size"] + STANDARD_CODES)
     rates = from_sheet(gpu)
     model = Model(config, described, ((0, described.num_hidden_layers),), on_cuda=True, memory_bytes=rates.memory_bytes)

@@ -22,7 +22,7 @@ class PlanCommand:
     ):
         """Say what a run would take: memory, time, GPU-hours.
 
-            megavlm plan liquid-7b --gpus 256 --standard_data
+            megavlm plan unified-7b --gpus 256 --standard_data
 
         Args:
             recipe: Path of a YAML file, or a name such as `digits`.

@@ -165,7 +165,7 @@ class RunCommands:
     ):
         """Write an sbatch script for a recipe and submit it.
 
-            megavlm submit digits --nodes=2 --partition=gpu --time=24:00:00
+            megavlm submit digits --nodes=2 --gpus-per-node=2 --time=24:00:00
 
         The script lies in the run folder. There is one process per GPU; the processes have to share data.num_lanes evenly. The job
         requeues itself after the time limit, a preemption, a lost node or process, until the run is done. After an error it does not.

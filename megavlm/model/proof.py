@@ -82,10 +82,11 @@ def _prove(architecture: str) -> float:
 def active_weights(layer: nn.Module, config: PreTrainedConfig) -> float:
     """Numbers that a token is multiplied by in a layer: all of its matrices, and of stacked experts those that take the token.
 
-    Norms of single heads may have weights of two dimensions too.
+    Norms of single heads may have weights of two dimensions too: they are no matrices.
     """
     share = ModelShape.of(config).active_experts / max(1, num_experts(config))
-    return sum(p.numel() * (share if p.dim() == 3 else 1) for name, p in layer.named_parameters() if p.dim() > 1 and "norm" not in name)
+    matrices = [p for name, p in layer.named_parameters() if p.dim() > 1 and "norm" not in name]
+    return sum(p.numel() * (share if p.dim() == 3 else 1) for p in matrices)
 
 
 def small_copy(config: PreTrainedConfig) -> PreTrainedConfig:

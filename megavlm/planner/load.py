@@ -52,8 +52,7 @@ def average_load(situation: Situation) -> Load:
     target = target_flops(situation.mixture, shares, costing, config, step=step)
     # samples of each layout, so that the whole costs what packs are built for
     samples_N = np.array(samples) * (target.sum() / (np.array(samples) @ costs_Nc.sum(1)))
-    moment = costing.phases.moment(step)
-    rows = [costing.active_and_guests(layout, moment) for layout in layouts]
+    rows = [costing.active_and_guests(*costing.at(layout, step)) for layout in layouts]
     active_Ns, guests_Ns = (np.array(values) for values in zip(*rows))
     stages = []
     for s, number in enumerate(costing.phases.layers_per_stage):

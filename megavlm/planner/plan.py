@@ -10,7 +10,7 @@ from megavlm.costs import BACKWARD_FACTOR
 from megavlm.data.pack.mixture import target_flops, token_shares
 from megavlm.data.pack.pack import Costing
 from megavlm.data.tools.simulate import Situation, standard_mixture
-from megavlm.errors import ConfigError
+from megavlm.errors import ConfigError, MegavlmError
 from megavlm.model.configuration import read_configuration
 from megavlm.parts.parts import Parts, situation_of
 from megavlm.planner.load import Imbalance, Load, average_load, dense_of, largest_load
@@ -19,7 +19,7 @@ from megavlm.planner.model import Model
 from megavlm.planner.rates import Rates
 from megavlm.planner.steptime import Setup, StepTime, step_time
 from megavlm.routing.phases import Phases
-from megavlm.routing.policies import Dense
+from megavlm.routing.policies import PARTIAL, Dense
 
 STANDARD_CODES = 8192
 """Image codes of a run that is planned without its files."""
@@ -79,6 +79,7 @@ class Planner:
         self.pack_build_s = pack_build_s
         self.sequence_parallel = sequence_parallel
         self.situation = standard_situation(config) if standard_data else situation_of(config)
+        _check_known(self.situation.costing)
         self.described = read_configuration(config.model.architecture, self.situation.costing.shape.vocabulary_size)
         shape = self.situation.costing.shape
         self.dense = dense_of(self.situation, Costing(Phases.always(Dense(), Dense(), shape.num_layers), shape))
@@ -191,6 +192,25 @@ class Planner:
 
     def _with(self, **settings: Any) -> RunConfig:
         return self.config.model_copy(update={"model": self.config.model.model_copy(update=settings)})
+
+
+def _check_known(costing: Costing) -> None:
+    """Refuse what step times by formula do not know.
+
+    Raises:
+        MegavlmError: Naming it.
+    """
+    hows = {of_task.how for plan in costing.phases.plans for plans in plan.plans for of_task in plans if of_task.keep_ratio < 1}
+    if hows & set(PARTIAL):
+        raise MegavlmError(
+            "routing: tokens that go through a part of a layer (visible_bypass, sparse_mlp) are not in the planner's step times yet\n"
+            "  do:    plan with another policy; `megavlm data simulate RECIPE` counts the FLOPs of this one"
+        )
+    if costing.shape.windows:
+        raise MegavlmError(
+            "model.architecture: sliding windows are not in the planner's step times yet\n"
+            "  do:    plan with --model.architecture.sliding_window=null for an upper bound, or with another family"
+        )
 
 
 def standard_situation(config: RunConfig) -> Situation:

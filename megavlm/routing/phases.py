@@ -88,19 +88,31 @@ class Phases:
         """Layers that have modules of their own for this kind of plan, in any phase."""
         return sorted({layer for plan in self.plans for layer in plan.layers_that(how, task)})
 
-    def check_head_width(self, head_width: int) -> None:
-        """Refuse a merge whose attention no kernel can compute.
+    @property
+    def has_patches(self) -> bool:
+        """Whether blocks of codes are single tokens in any phase."""
+        return any(plan.has_patches for plan in self.plans)
+
+    def check_model(self, head_width: int, family: str) -> None:
+        """Refuse what the model's layers have no place for.
 
         Raises:
-            ConfigError: If heads of this width have no room for the bias of merged keys.
+            ConfigError: If heads of this width have no room for the bias of merged keys, or layers of this family cannot leave out
+                queries alone.
         """
         for plan in self.plans:
             plan.check_head_width(head_width)
+            plan.check_family(family)
 
 
 def _plan(phase: Phase, num_layers: int, starts: Sequence[int]) -> RoutingPlan:
     try:
-        return RoutingPlan(phase.understanding, phase.generation, num_layers, starts)
+        plan = RoutingPlan(phase.understanding, phase.generation, num_layers, starts)
+        if plan.has_patches and phase.warmup_steps:
+            raise ConfigError(
+                "routing: patches have no warm-up, because a block is one token or it is not\n  do:    set warmup_fraction to 0"
+            )
+        return plan
     except ConfigError as error:
         # said of `routing`; where phases are listed, of the one that it is
         raise ConfigError(phase.place + str(error).removeprefix("routing")) from error

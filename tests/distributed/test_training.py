@@ -80,6 +80,7 @@ FEW = (
     "kv_injection_both",
     "merge_and_injection",
     "visible_bypass",
+    "sparse_mlp",
     "patches",
 )
 

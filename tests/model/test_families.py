@@ -34,7 +34,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-DENSE_PLAN = Phases.always(Dense(), Dense(), SMALL["num_hidden_layers"])
+DENSE_PHASES = Phases.always(Dense(), Dense(), SMALL["num_hidden_layers"])
 LAYOUT = [[("TEXT", 11, 1)], [("TEXT", 6, 1)], [("TEXT", 14, 1)]]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -100,8 +100,8 @@ def make(architecture):
     generator = torch.Generator().manual_seed(1)
     for name, parameter in causal_lm.named_parameters():
         torch.nn.init.normal_(parameter, float("norm" in name), 0.1, generator)
-    costing = Costing(DENSE_PLAN, ModelShape.of(causal_lm.config))
-    backbone = Backbone(causal_lm, DENSE_PLAN, num_sources=1, max_labels=99, chunk_rows=99)
+    costing = Costing(DENSE_PHASES, ModelShape.of(causal_lm.config))
+    backbone = Backbone(causal_lm, DENSE_PHASES, num_sources=1, max_labels=99, chunk_rows=99)
     return backbone, build_pack(make_samples(LAYOUT), costing, 1, 0, step=0, seed=0)
 
 
@@ -127,7 +127,7 @@ def assert_exact(architecture):
 @torch.no_grad()
 def assert_decodes(backbone, of_sample):
     samples, begins = make_samples(LAYOUT), [3, 5, 8]
-    costing = Costing(DENSE_PLAN, ModelShape.of(backbone.causal_lm.config))
+    costing = Costing(DENSE_PHASES, ModelShape.of(backbone.causal_lm.config))
     decoder = Decoder(model=backbone, samples=samples, prompt_lengths=begins, costing=costing, device=torch.device("cpu"))
     logits_BV = decoder.start()
     for step in range(2):

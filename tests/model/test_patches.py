@@ -18,7 +18,8 @@ from megavlm.errors import ConfigError, DataError, MegavlmError
 from megavlm.model.attention import NAME
 from megavlm.model.decoding import Decoder
 from megavlm.parts.parts import Parts
-from megavlm.routing.plan import RoutingPlan, Schedule
+from megavlm.routing.config import Phase
+from megavlm.routing.phases import Phases
 from megavlm.routing.policies import Dense, Patches
 from megavlm.routing.tasks import Task
 from tests.model.test_backbone import EXACT, TOLERANCE, VOCABULARY, NoReadBack, assert_close, loss_and_gradients, make_backbone
@@ -33,7 +34,7 @@ EVEN_LAYOUTS = st.lists(st.lists(EVEN_PARTS | TEXTS, max_size=4), min_size=1, ma
 
 def costing_of(sizes, strength=1.0):
     policies = [Patches(size=size) if size > 1 else Dense() for size in sizes]
-    return Costing(RoutingPlan(*policies, NUM_LAYERS, Schedule(1, 0.0, 0.0 if strength else 1.0)), SHAPE)
+    return Costing(Phases.always(*policies, NUM_LAYERS, strength), SHAPE)
 
 
 def pack_of(samples, sizes, strength=1.0):
@@ -186,7 +187,7 @@ def test_images_that_blocks_cannot_fill():
 
 def test_a_warm_up_is_refused():
     with pytest.raises(ConfigError, match="patches have no warm-up"):
-        RoutingPlan(Dense(), Patches(), NUM_LAYERS, Schedule(10, 0.1, 0.0))
+        Phases([Phase(0, 10, Dense(), Patches(), warmup_steps=1.0)], NUM_LAYERS)
 
 
 @pytest.mark.parametrize(

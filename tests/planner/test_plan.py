@@ -27,7 +27,7 @@ LIQUID = {"data.look_ahead_samples": 32}
 
 @pytest.fixture(scope="module")
 def liquid():
-    return Planner(load_config("liquid-7b", LIQUID), from_sheet("h100"), standard_data=True)
+    return Planner(load_config("unified-7b", LIQUID), from_sheet("h100"), standard_data=True)
 
 
 def test_the_average_pack_is_what_lanes_build(make_config):
@@ -96,7 +96,7 @@ def test_the_share_of_flops_is_that_of_the_packs(liquid):
 
 
 def test_where_it_does_not_fit_the_remedies_do():
-    planner = Planner(load_config("liquid-7b", LIQUID), from_sheet("l40s"), standard_data=True)
+    planner = Planner(load_config("unified-7b", LIQUID), from_sheet("l40s"), standard_data=True)
     assert not planner.outlook(4).fits
     remedies = list(planner.remedies(4))
     assert remedies and all(word.startswith("--") for word in remedies)
@@ -115,7 +115,7 @@ def test_a_shared_pack_holds_less(liquid):
 
 
 def test_a_plan_without_measured_rates_says_so(tmp_path, capsys):
-    PlanCommand().plan("liquid-7b", gpus=256, standard_data=True, out=str(tmp_path / "plan.png"), **LIQUID)
+    PlanCommand().plan("unified-7b", gpus=256, standard_data=True, out=str(tmp_path / "plan.png"), **LIQUID)
     text = capsys.readouterr().out
     assert "extrapolated: the data sheet of H100" in text and "GPU-hours saved" in text
     assert re.search(r"^\| 1024 \| 1024 \|", text, re.MULTILINE)
@@ -136,7 +136,7 @@ def test_a_plan_without_measured_rates_says_so(tmp_path, capsys):
 )
 def test_what_cannot_be_planned_is_said(arguments, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
-        PlanCommand().plan("liquid-7b", standard_data=True, out=str(tmp_path / "plan.png"), **arguments)
+        PlanCommand().plan("unified-7b", standard_data=True, out=str(tmp_path / "plan.png"), **arguments)
 
 
 def test_a_curve_passes_through_what_was_measured():

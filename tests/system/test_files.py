@@ -132,6 +132,7 @@ WITH_REASON = {
     "image_tokenizers/compressed.py": "in a folder that is written whole",
     "parts/export.py": "in a folder that is written whole",
     "data/tools/tokenize.py": "shards, renamed when they are whole",
+    "engine/shards.py": "in a folder that is renamed when it is whole; hashed on its way",
 }
 
 

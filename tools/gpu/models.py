@@ -34,6 +34,9 @@ EVERY_POLICY: dict[str, tuple[p.Policy, p.Policy]] = {
     "kv_injection": (p.KVInjection(), p.KVInjection()),
     "merge": (p.Merge(at_layer=1), DENSE),
     "merge, kv_injection": (p.Merge(at_layer=2, keep_ratio=0.7), p.KVInjection()),
+    "visible_bypass": (p.VisibleBypass(keep_ratio=0.25), p.VisibleBypass(selector="random")),
+    "sparse_mlp": (p.SparseMLP(keep_ratio=0.3), p.SparseMLP(first_layer=0, end_layer=4)),
+    "patches": (p.Patches(), p.Patches()),
     "late_drop, mixture_of_depths": (p.LateDrop(after_layer=2), p.MixtureOfDepths()),
 }
 """Understanding's and generation's policy: every policy and every selector that megavlm has, for four layers."""
