@@ -26,9 +26,16 @@ def weights(engine) -> dict:
     return found
 
 
+def _trainer(config, world):
+    """A trainer whose watchdog rests: it would take all that these processes do for one step. `run_ranks` has a time limit of its own."""
+    trainer = make_trainer(config, world)
+    trainer.watchdog.stop()
+    return trainer
+
+
 def train(world, config, num_steps: int) -> dict:
     """Train to ``num_steps``, saving as the recipe says; what was seen and what came out."""
-    trainer = make_trainer(config, world)
+    trainer = _trainer(config, world)
     record = {"first": trainer.step, "ids": [], "losses": [], "norms": []}
     if trainer.step:
         record["restored"] = weights(trainer.engine)
@@ -62,7 +69,7 @@ def train_on_each(world, jobs: dict) -> dict:
 
 def train_on(world, config, packs_of_steps: list) -> dict:
     """Train on given packs: ``packs_of_steps[step]`` are all packs of a step, dealt to ranks like lanes."""
-    trainer = make_trainer(config, world)
+    trainer = _trainer(config, world)
     trainer.loader = iter([(packs[world.rank :: world.size], {}) for packs in packs_of_steps])
     norms = [float(trainer.train_step(step)) for step in range(len(packs_of_steps))]
     return {"norms": norms, "weights": weights(trainer.engine)}
